@@ -218,10 +218,12 @@ class ModelConfig:
         """Hidden width of all shared experts of a layer together."""
         return self.shared.n_experts * (self.shared.d_ff or self.experts.d_ff)
 
-    @property
-    def dense_width(self) -> int:
-        """Hidden width of a dense layer: the configured one, or what a token sees in a mixture (its dense twin)."""
-        return self.feed_forward.d_ff or self.active_width
+    def dense_width(self, layer: int) -> int:
+        """Hidden width of block ``layer`` as a dense layer: what a token sees in the mixture that it is the twin of,
+        or the configured width where there is no mixture."""
+        if self.is_moe_layer(layer) or self.feed_forward.d_ff is None:
+            return self.active_width
+        return self.feed_forward.d_ff
 
     @property
     def active_width(self) -> int:

@@ -1,0 +1,59 @@
+"""The expert MLPs of a layer: the stacked parameters, and the choice among the back-ends that compute them.
+
+Every back-end has one signature, ``(x, routing, weights) -> y``. ``reference`` is the definition.
+"""
+
+import warnings
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe.config import ExpertBackend, ExpertsConfig, FeedForwardConfig
+from moe.model.experts import grouped, segments
+from moe.model.experts.grouped import grouped_experts
+from moe.model.experts.reference import reference_experts
+from moe.model.experts.segments import segment_experts
+from moe.model.experts.weights import ExpertWeights
+from moe.model.feed_forward import input_width
+from moe.model.routing import Routing
+
+__all__ = ["ExpertWeights", "Experts", "grouped_experts", "reference_experts", "segment_experts"]
+
+_BACKENDS = {"reference": reference_experts, "grouped": grouped_experts, "segments": segment_experts}
+_UNSUPPORTED = {"grouped": grouped.unsupported, "segments": segments.unsupported}
+
+
+class Experts(nn.Module):
+    """E expert MLPs, their weights stacked in one parameter a matrix."""
+
+    def __init__(self, config: ExpertsConfig, feed_forward: FeedForwardConfig, d_model: int) -> None:
+        super().__init__()
+        self.backend = config.backend
+        self.activation = feed_forward.activation
+        width_in = input_width(feed_forward.activation, config.d_ff)
+        self.w_in = nn.Parameter(torch.empty(config.n_experts, width_in, d_model))
+        self.w_out = nn.Parameter(torch.empty(config.n_experts, d_model, config.d_ff))
+        self.b_in = nn.Parameter(torch.empty(config.n_experts, width_in)) if feed_forward.bias else None
+        self.b_out = nn.Parameter(torch.empty(config.n_experts, d_model)) if feed_forward.bias else None
+
+    def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
+        """Send each token through its selected experts and sum their weighted outputs."""
+        weights = ExpertWeights(self.w_in, self.w_out, self.b_in, self.b_out, self.activation)
+        return _BACKENDS[choose_backend(self.backend, x, weights)](x, routing, weights)
+
+
+def choose_backend(wanted: ExpertBackend, x: Tensor, weights: ExpertWeights) -> ExpertBackend:
+    """The back-end to use on ``x``: the one wanted if it fits, else the reference loop, with a warning that says why.
+
+    ``auto`` takes ``segments`` on a CPU and ``grouped`` elsewhere, and falls back without being asked twice.
+    """
+    backend: ExpertBackend = wanted
+    if wanted == "auto":
+        backend = "segments" if x.device.type == "cpu" and not torch.compiler.is_compiling() else "grouped"
+    reason = _UNSUPPORTED[backend](x, weights) if backend in _UNSUPPORTED else None
+    if reason is None:
+        return backend
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"experts fall back from {backend} to the reference loop: {reason}", stacklevel=2)
+    return "reference"

@@ -1,0 +1,84 @@
+"""Causal self-attention with rotary positions and grouped heads."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moe.config import ModelConfig
+from moe.model.cache import KVCache
+
+
+class Attention(nn.Module):
+    """Multi-, grouped- or multi-query attention (Ainslie et al. 2023): each key head serves H / H_kv query heads."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        attention = config.attention
+        self.layer = layer
+        self.head_dim = attention.head_dim
+        query_width, key_width = attention.n_heads * self.head_dim, attention.kv_heads * self.head_dim
+        self.query = nn.Linear(config.d_model, query_width, bias=attention.bias)
+        self.key = nn.Linear(config.d_model, key_width, bias=attention.bias)
+        self.value = nn.Linear(config.d_model, key_width, bias=attention.bias)
+        self.output = nn.Linear(query_width, config.d_model, bias=attention.bias)
+        self.qk_norm = attention.qk_norm
+        if attention.qk_norm != "none":
+            per_head = attention.qk_norm == "head"
+            self.query_norm = nn.RMSNorm(self.head_dim if per_head else query_width, eps=config.norm_eps)
+            self.key_norm = nn.RMSNorm(self.head_dim if per_head else key_width, eps=config.norm_eps)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        rotation: tuple[Tensor, Tensor],
+        visible: Bool[Tensor, "B 1 S L"] | None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """Attend to the tokens before; ``visible`` says which of L keys a query may see, None: plainly causal."""
+        queries, keys, values = self.query(x), self.key(x), self.value(x)
+        if self.qk_norm == "full":
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        queries, keys, values = (rearrange(t, "b s (h d) -> b h s d", d=self.head_dim) for t in (queries, keys, values))
+        if self.qk_norm == "head":
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        queries, keys = (rotate(t, rotation).to(values.dtype) for t in (queries, keys))
+        if cache is not None:
+            keys, values = cache.store(self.layer, keys, values)
+            keys, values = keys.to(queries.dtype), values.to(queries.dtype)
+        heads = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=visible,
+            is_causal=visible is None,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )
+        output: Tensor = self.output(rearrange(heads, "b h s d -> b s (h d)"))
+        return output
+
+
+def rotation_of(positions: Int[Tensor, "B S"], head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, float32 [B, 1, S, head_dim / 2], of position · theta^(-2i / head_dim) (Su et al. 2021)."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[:, None, :, None].float() * theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Float[Tensor, "B H S d"], rotation: tuple[Tensor, Tensor]) -> Float[Tensor, "B H S d"]:
+    """Turn the pairs (x_i, x_{i + d/2}) by their angle: the half-split layout of GPT-NeoX, Llama and Mixtral."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def visible_keys(real: Bool[Tensor, "B L"], n_queries: int) -> Bool[Tensor, "B 1 S L"]:
+    """Which of L keys the last S = ``n_queries`` tokens may attend to: real ones, not after the query.
+
+    A padding query sees itself alone: a row that saw nothing would be NaN.
+    """
+    length = real.shape[1]
+    query = torch.arange(length - n_queries, length, device=real.device)[:, None]
+    key = torch.arange(length, device=real.device)[None, :]
+    return ((key <= query) & real[:, None, None, :]) | (key == query)

@@ -1,0 +1,27 @@
+"""The experts as a loop that anyone can read: the definition that every faster back-end is tested against."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from moe.model.experts.weights import ExpertWeights
+from moe.model.feed_forward import activate
+from moe.model.routing import Routing
+
+
+def reference_experts(x: Float[Tensor, "T D"], routing: Routing, weights: ExpertWeights) -> Float[Tensor, "T D"]:
+    """y_t = Σ_k weight_tk · expert_{selected_tk}(x_t), summed in float32 (float64 for float64 input).
+
+    Any dtype and shape; under autocast the products run in the autocast dtype. An expert without tokens computes on
+    zero rows, so that its gradient is zero and not None (a skipped expert would hang or desynchronise other ranks).
+    """
+    combined = torch.zeros_like(x, dtype=routing.weights.dtype)
+    executed = routing.executed
+    for expert in range(routing.n_experts):
+        chosen = routing.selected == expert
+        token, choice = torch.where(chosen if executed is None else chosen & executed)
+        hidden = activate(F.linear(x[token], weights.w_in[expert], weights.bias_in(expert)), weights.activation)
+        output = F.linear(hidden, weights.w_out[expert], weights.bias_out(expert))
+        combined = combined.index_add(0, token, output.to(combined.dtype) * routing.weights[token, choice, None])
+    return combined.to(x.dtype)

@@ -1,0 +1,41 @@
+"""The two- or three-matrix MLP that every feed-forward layer is made of: dense, expert and shared expert alike."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe.config import Activation, FeedForwardConfig
+
+
+class FeedForward(nn.Module):
+    """W_out · activation(W_in x): the dense layer, and the shared experts of a mixture.
+
+    For SwiGLU (Shazeer 2020, eq. 6) W_in holds the gate in its first ``d_ff`` rows and the value in the rest.
+    """
+
+    def __init__(self, config: FeedForwardConfig, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.activation: Activation = config.activation
+        self.w_in = nn.Linear(d_model, input_width(config.activation, d_ff), bias=config.bias)
+        self.w_out = nn.Linear(d_ff, d_model, bias=config.bias)
+
+    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
+        """Map each token on its own."""
+        output: Tensor = self.w_out(activate(self.w_in(x), self.activation))
+        return output
+
+
+def input_width(activation: Activation, d_ff: int) -> int:
+    """Rows of W_in: two for each hidden unit of a gated activation, else one."""
+    return 2 * d_ff if activation == "swiglu" else d_ff
+
+
+def activate(hidden: Float[Tensor, "*T H"], activation: Activation) -> Float[Tensor, "*T F"]:
+    """Apply the activation to W_in x, where H = 2 F for swiglu (gate, then value) and H = F otherwise."""
+    if activation == "swiglu":
+        gate, value = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    if activation == "gelu":
+        return F.gelu(hidden)
+    return torch.relu(hidden)

@@ -1,0 +1,39 @@
+"""Initial weights: one rule, applied by name, the same for a stacked expert as for the dense layer it replaces."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+RESIDUAL_OUTPUTS = ("attention.output.weight", "w_out", "w_out.weight")
+
+
+def initialise(model: nn.Module, init_std: float, n_layers: int, seed: int) -> None:
+    """Draw every matrix from a normal of ``init_std``, cut at three standard deviations; biases 0, norms 1.
+
+    The matrices that write into the residual stream are smaller by √(2 · layers) (Radford et al. 2019, section 2.3).
+    Each parameter has a generator of its own, seeded by ``seed`` and its name: its values do not depend on what else
+    the model holds, or on the order in which it is built. A stacked 3-D weight needs no fan-in here; initialisers that
+    compute one from its shape are wrong by the root of its rows.
+    """
+    residual_std = init_std / math.sqrt(2 * n_layers)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue
+        if name.endswith("norm.weight"):
+            nn.init.ones_(parameter)
+        elif name.rsplit(".", 1)[-1] in ("bias", "b_in", "b_out"):
+            nn.init.zeros_(parameter)
+        else:
+            std = residual_std if name.endswith(RESIDUAL_OUTPUTS) else init_std
+            _normal_(parameter, std, seed, name)
+
+
+def _normal_(parameter: Tensor, std: float, seed: int, name: str) -> None:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    drawn = torch.empty(parameter.shape, dtype=torch.float32)
+    nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator)
+    with torch.no_grad():
+        parameter.copy_(drawn)

@@ -1,0 +1,131 @@
+"""Tokens -> logits, and the routing of every mixture layer on the way.
+
+Shapes: B batch, S sequence, T = B·S tokens, D model width, F expert hidden width, E experts, K experts per token,
+N = T·K assignments, H heads, V vocabulary.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe.config import ModelConfig, require
+from moe.model.attention import Attention, rotation_of, visible_keys
+from moe.model.cache import KVCache
+from moe.model.feed_forward import FeedForward
+from moe.model.initialise import initialise
+from moe.model.moe_layer import MoELayer
+from moe.model.routing import Routing
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer with pre-norm blocks whose feed-forward is dense or a mixture of experts.
+
+    ``seed`` decides every initial weight, each from its own name, so that two models that share a parameter (a mixture
+    and its dense twin, or two routers) start from the same value of it. Raises ConfigError without a vocabulary size.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        require(config.vocab_size is not None, "model.vocab_size", "is null: give it, or fill it in from a tokenizer")
+        assert config.vocab_size is not None
+        self.config = config
+        self.activation_checkpointing = False
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = norm(config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        initialise(self, config.init_std, config.n_layers, seed)
+
+    def forward(
+        self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None = None, cache: KVCache | None = None
+    ) -> tuple[Float[Tensor, "B S V"], list[Routing]]:
+        """Return next-token logits and one :class:`Routing` for each mixture layer, first layer first.
+
+        ``mask`` is False for padding, on either side, which changes nothing for the other tokens: it is not attended
+        to, routed or counted, and positions count real tokens only. With ``cache``, ``tokens`` continue what the cache
+        holds. Raises ValueError for a sequence longer than ``max_seq``.
+        """
+        positions, visible = self._positions_and_visibility(tokens, mask, cache)
+        rotation = rotation_of(positions, self.config.attention.head_dim, self.config.attention.rope_theta)
+        x = self.dropout(self.embedding(tokens))
+        routings = []
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                x, routing = checkpoint(block, x, rotation, visible, mask, use_reentrant=False)
+            else:
+                x, routing = block(x, rotation, visible, mask, cache)
+            if routing is not None:
+                routings.append(routing)
+        return self.head(self.norm(x)), routings
+
+    def num_params(self) -> int:
+        """All parameters; a tied embedding counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_active_params(self) -> int:
+        """Parameters that one token uses, embedding and head included: of E routed experts, K."""
+        unused = 0
+        for module in self.modules():
+            if isinstance(module, MoELayer):
+                routed = sum(parameter.numel() for parameter in module.experts.parameters())
+                unused += (
+                    routed // self.config.experts.n_experts * (self.config.experts.n_experts - self.config.router.top_k)
+                )
+        return self.num_params() - unused
+
+    def _positions_and_visibility(
+        self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None, cache: KVCache | None
+    ) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B 1 S L"] | None]:
+        length = tokens.shape[1] + (cache.length if cache is not None else 0)
+        if length > self.config.max_seq:
+            raise ValueError(f"a sequence of {length} tokens is longer than model.max_seq = {self.config.max_seq}")
+        if mask is None and cache is None:
+            return torch.arange(length, device=tokens.device)[None], None
+        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        if cache is not None:
+            real = cache.extend(real)
+        positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        return positions, visible_keys(real, tokens.shape[1])
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = norm(config)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = norm(config)
+        self.feed_forward: MoELayer | FeedForward = (
+            MoELayer(config)
+            if layer in config.moe_layers
+            else FeedForward(config.feed_forward, config.d_model, config.dense_width(layer))
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        rotation: tuple[Tensor, Tensor],
+        visible: Bool[Tensor, "B 1 S L"] | None,
+        mask: Bool[Tensor, "B S"] | None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Tensor, "B S D"], Routing | None]:
+        """Return the new residual stream, and the routing where the feed-forward is a mixture."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, visible, cache))
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, MoELayer):
+            y, routing = self.feed_forward(normed, mask)
+        else:
+            y, routing = self.feed_forward(normed), None
+        return x + self.dropout(y), routing
+
+
+def norm(config: ModelConfig) -> nn.Module:
+    """The configured normalisation of the residual stream."""
+    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return kind(config.d_model, eps=config.norm_eps)
