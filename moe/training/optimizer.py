@@ -1,0 +1,50 @@
+"""AdamW with parameter groups that are decided, and checked, by name."""
+
+import torch
+from torch import nn
+
+from moe.config import OptimizerConfig
+
+DECAYED = ("embedding.weight", "head.weight", ".w_in", ".w_out", ".w_in.weight", ".w_out.weight", ".gate.weight")
+DECAYED_ATTENTION = (".query.weight", ".key.weight", ".value.weight", ".output.weight")
+NEVER_DECAYED = ("norm.weight", ".bias", ".b_in", ".b_out")
+ROUTER = (".router.weight",)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) over two groups, ``decay`` and ``no_decay``.
+
+    An expert without tokens has a zero gradient, not none: its moments fade and its weights still decay, as those of
+    any weight whose gradient happens to be zero.
+    """
+    groups = parameter_groups(model, config.decay_router)
+    return torch.optim.AdamW(
+        [
+            {"params": list(groups["decay"].values()), "weight_decay": config.weight_decay, "name": "decay"},
+            {"params": list(groups["no_decay"].values()), "weight_decay": 0.0, "name": "no_decay"},
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def parameter_groups(model: nn.Module, decay_router: bool) -> dict[str, dict[str, nn.Parameter]]:
+    """Every parameter's name and tensor under ``decay`` or ``no_decay``.
+
+    The number of dimensions is no guide: the stacked biases of the experts have two. Raises ValueError for a parameter
+    whose name no rule knows, so that a new one cannot slip into a group unseen.
+    """
+    decayed = DECAYED + DECAYED_ATTENTION + (ROUTER if decay_router else ())
+    spared = NEVER_DECAYED + (() if decay_router else ROUTER)
+    groups: dict[str, dict[str, nn.Parameter]] = {"decay": {}, "no_decay": {}}
+    for name, parameter in model.named_parameters():
+        plain = name.replace("_orig_mod.", "")
+        if plain.endswith(spared):
+            groups["no_decay"][name] = parameter
+        elif plain.endswith(decayed):
+            groups["decay"][name] = parameter
+        else:
+            raise ValueError(f"no rule says whether {name} takes weight decay")
+    return groups
