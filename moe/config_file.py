@@ -171,8 +171,8 @@ class _Reading:
     """line of the file on which a setting or a section stands, by dotted key"""
     flagged: list[str] = field(default_factory=list)
     """the dotted keys that flags set"""
-    problems: list[tuple[float, str]] = field(default_factory=list)
-    """line of the file (or infinity) and message"""
+    problems: list[tuple[float, int, str]] = field(default_factory=list)
+    """line of the file (infinity without one), position of the flag (0 without one), and message"""
 
     def file(self, document: yaml.Node) -> None:
         """Read the whole file."""
@@ -246,8 +246,7 @@ class _Reading:
             for error in invalid.errors():
                 self._explain(".".join(map(str, error["loc"])), error.get("ctx", {}).get("error"))
         if self.problems:
-            in_order = sorted(self.problems, key=lambda problem: problem[0])
-            raise UserError("\n".join(message for _, message in in_order))
+            raise UserError("\n".join(message for _, _, message in sorted(self.problems)))
         return config
 
     def _explain(self, key: str, conflict: object) -> None:
@@ -262,7 +261,7 @@ class _Reading:
     def _problem(self, key: str, what: str) -> None:
         """Note a problem where ``key`` was set: by a flag, on a line, or nowhere (then: where it could be set)."""
         if key in self.flagged:
-            self.problems.append((math.inf, f"--{key} {what}"))
+            self.problems.append((math.inf, 1 + self.flagged.index(key), f"--{key} {what}"))
         elif key in self.lines:
             self._at_line(self.lines[key], f"{key} {what}")
         else:
@@ -271,7 +270,7 @@ class _Reading:
 
     def _at_line(self, line: int | None, message: str) -> None:
         place = self.name if line is None else f"{self.name}:{line}"
-        self.problems.append((math.inf if line is None else line, f"{place}: {message}"))
+        self.problems.append((math.inf if line is None else line, 0, f"{place}: {message}"))
 
 
 @cache
@@ -451,10 +450,13 @@ def _unknown(key: str, dashes: str = "", others: Sequence[str] = ()) -> str:
     """
     known = [*settings(), *(section for section in sections() if section)]
     own = [flag.split()[0] for flag in others]
-    section, _, name = key.replace("-", "_").lower().rpartition(".")
+    key_in_style = key.replace("-", "_").lower()
+    section, _, name = key_in_style.rpartition(".")
     if dashes and key and key in sections():
         inside = [dashes + setting for setting in settings() if setting.startswith(f"{key}.")]
         return f"is a section, not a setting; its settings are {', '.join(inside)}"
+    if key_in_style in known:
+        return f"is unknown{_did_you_mean([dashes + key_in_style])}"
 
     namesakes = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
     if namesakes and not dashes:
