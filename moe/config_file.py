@@ -165,8 +165,8 @@ class _Reading:
 
     name: str
     """what messages call the file"""
-    values: dict[str, Scalar] = field(default_factory=dict)
-    """by dotted key"""
+    values: dict[str, object] = field(default_factory=dict)
+    """by dotted key; nothing is checked before :meth:`check`, so that a flag can replace what is wrong in the file"""
     lines: dict[str, int] = field(default_factory=dict)
     """line of the file on which a setting or a section stands, by dotted key"""
     flagged: list[str] = field(default_factory=list)
@@ -179,7 +179,7 @@ class _Reading:
         if not isinstance(document, yaml.MappingNode):
             names = ", ".join(key for key in sections() if key and "." not in key)
             raise UserError(
-                f"{self.name}:{_line(document)}: must hold sections ({names}), not {_describe_node(document)}"
+                f"{self.name}:{_line(document)}: must hold sections ({names}), not {_show(_value(document))}"
             )
         self._mapping(document, "")
 
@@ -188,7 +188,7 @@ class _Reading:
             line = _line(key_node)
             if not (isinstance(key_node, yaml.ScalarNode) and key_node.value and key_node.value.isprintable()):
                 place = section or "the file"
-                self._at_line(line, f"{place} has {_describe_node(key_node)} where a key belongs")
+                self._at_line(line, f"{place} has {_show(_value(key_node))} where a key belongs")
                 continue
             key = _join(section, key_node.value)
             if key in self.lines:
@@ -198,28 +198,19 @@ class _Reading:
             if key in sections():
                 self._section(value_node, key)
             elif key in settings():
-                self._setting(value_node, settings()[key])
+                self.values[key] = _value(value_node, settings()[key].is_text)
             else:
                 self._at_line(line, f"{key} {_unknown(key)}")
 
     def _section(self, node: yaml.Node, section: str) -> None:
         if isinstance(node, yaml.MappingNode):
             self._mapping(node, section)
-        elif not _is_null(node):  # a section whose keys are all commented out is left at its defaults
+        elif _value(node) is not None:  # a section whose keys are all commented out is left at its defaults
             inside = (setting for setting in settings().values() if setting.section == section)
             example = next(setting for setting in inside if setting.default is not None)
             name = example.key.rpartition(".")[2]
             shown = f"{name}: {_show(example.default)}"
-            self._problem(section, f"is a section, and must hold keys (such as `{shown}`), not {_describe_node(node)}")
-
-    def _setting(self, node: yaml.Node, setting: Setting) -> None:
-        if not isinstance(node, yaml.ScalarNode):
-            self._problem(setting.key, f"must be {setting.kind}, not {_describe_node(node)}")
-        elif _is_null(node):
-            self._keep(setting.key, None)
-        else:
-            plain = node.style is None  # neither quoted nor a block of text
-            self._keep(setting.key, _scalar(node.value) if plain and not setting.is_text else node.value)
+            self._problem(section, f"is a section, and must hold keys (such as `{shown}`), not {_show(_value(node))}")
 
     def flags(self, overrides: Mapping[str, str]) -> None:
         """Lay the flags over the file."""
@@ -228,18 +219,16 @@ class _Reading:
             if key not in settings():
                 self._problem(key, _unknown(key, dashes="--"))
             elif text == "null":
-                self._keep(key, None)
+                self.values[key] = None
             else:
-                self._keep(key, text if settings()[key].is_text else _scalar(text))
-
-    def _keep(self, key: str, value: Scalar) -> None:
-        if isinstance(value, str) and not value.isprintable():  # no name or path holds a line break or a lone surrogate
-            self._problem(key, f"is {json.dumps(value)}, which holds a character that cannot be printed")
-        else:
-            self.values[key] = value
+                self.values[key] = text if settings()[key].is_text else _scalar(text)
 
     def check(self) -> Config:
         """The configuration, or every problem at once."""
+        for key, value in list(self.values.items()):
+            if isinstance(value, str) and not value.isprintable():  # a line break or NUL in a path, a lone surrogate
+                self._problem(key, f"is {json.dumps(value)}, which holds a character that cannot be printed")
+                del self.values[key]
         try:
             config = _adapter().validate_json(json.dumps(_nest(self.values)), strict=True)
         except ValidationError as invalid:
@@ -278,7 +267,7 @@ def _adapter() -> TypeAdapter[Config]:
     return TypeAdapter(Config)
 
 
-def _nest(values: Mapping[str, Scalar]) -> dict[str, Any]:
+def _nest(values: Mapping[str, object]) -> dict[str, Any]:
     """Dotted keys as dictionaries in dictionaries."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
@@ -315,6 +304,21 @@ def _compose(text: str, name: str) -> yaml.Node:
     return document
 
 
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _value(node: yaml.Node, is_text: bool = False) -> object:
+    """What ``node`` holds: a scalar (the text itself where ``is_text``); of a list or mapping only that it is one."""
+    if not isinstance(node, yaml.ScalarNode):
+        return [] if isinstance(node, yaml.SequenceNode) else {}
+    if node.style is not None:  # quoted, or a block of text
+        return node.value
+    if node.value in ("", "~", "null", "Null", "NULL"):
+        return None
+    return node.value if is_text else _scalar(node.value)
+
+
 _WHOLE_NUMBER = re.compile(r"[-+]?[0-9]{1,18}|[-+]?[0-9]{1,3}(_[0-9]{3}){1,5}")  # 64 bits hold 18 digits
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NAMED = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -331,24 +335,12 @@ def _scalar(text: str) -> Scalar:
     return text
 
 
-def _is_null(node: yaml.Node) -> bool:
-    written = isinstance(node, yaml.ScalarNode) and node.style is None
-    return written and node.value in ("", "~", "null", "Null", "NULL")
-
-
-def _line(node: yaml.Node) -> int:
-    return int(node.start_mark.line) + 1
-
-
-def _describe_node(node: yaml.Node) -> str:
-    if isinstance(node, yaml.ScalarNode):
-        return _show(node.value if node.style is not None else _scalar(node.value))
-    return "a list" if isinstance(node, yaml.SequenceNode) else "a section"
-
-
-def _show(value: Scalar) -> str:
-    """A value as one would write it: true, null, 3, "text"."""
-    return textwrap.shorten(json.dumps(value, ensure_ascii=False), 60, placeholder="...")
+def _show(value: object) -> str:
+    """A value as one would write it: true, null, 3, "text"; or the kind of what is no single value."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "a section"
+    written = json.dumps(value, ensure_ascii=False)
+    return written if len(written) <= 60 else f"{written[:56]}..."
 
 
 # --------------------------------------------------------------------------------------------------------- command line
