@@ -14,7 +14,7 @@ Activation = Literal["swiglu", "gelu", "relu"]
 QKNorm = Literal["none", "head", "full"]
 ExpertBackend = Literal["auto", "reference", "grouped", "segments"]
 BalanceScope = Literal["micro_batch", "global_batch"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 ScheduleShape = Literal["cosine", "wsd", "constant"]
 
@@ -330,8 +330,8 @@ class TrainingConfig:
     """seed of the initial weights, the order of the data and the dropout"""
     device: Device = "auto"
     """auto takes a GPU if there is one"""
-    precision: Precision = "bf16"
-    """bf16: autocast over float32 weights; the router, the losses and the combine stay float32"""
+    precision: Precision = "auto"
+    """fp32, bf16 (autocast over float32 weights; router, losses and combine stay float32), or auto: the faster here"""
     compile: bool = False
     """compile each block with torch.compile"""
     activation_checkpointing: bool = False

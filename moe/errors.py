@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used; the message is one line that names the place and the remedy."""
+    """Something the user gave cannot be used; each line of the message names the place and the remedy."""
