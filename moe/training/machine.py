@@ -1,0 +1,64 @@
+"""What this process computes on, and in what precision."""
+
+import ctypes
+import time
+from contextlib import AbstractContextManager, suppress
+
+import torch
+
+from moe.config import Device, Precision
+from moe.errors import UserError
+
+
+def choose_device(wanted: Device, rank: int = 0) -> torch.device:
+    """The device of the configuration; ``auto`` is a GPU if there is one. Raises UserError for a GPU that is not."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("training.device is cuda, and torch finds no CUDA device here; use cpu or auto")
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def choose_precision(wanted: Precision, device: torch.device, d_model: int) -> Precision:
+    """The precision of the configuration; ``auto`` is bf16 on a GPU, and on a CPU whichever is faster there.
+
+    Some CPUs multiply bfloat16 twice as fast as float32 or better, others slower, and no table says which: one product
+    of the model's width is timed in both, in a few hundredths of a second. float32 wins unless bf16 is a fifth faster.
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16"
+    seconds = {dtype: _seconds_of_product(dtype, d_model) for dtype in (torch.float32, torch.bfloat16)}
+    return "bf16" if seconds[torch.bfloat16] * 1.2 < seconds[torch.float32] else "fp32"
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """bf16 autocast over float32 weights, or none."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def keep_freed_memory() -> None:
+    """Tell the C library to keep large freed blocks instead of returning them to the system.
+
+    A training step frees and takes the same tens of megabytes over and over; each time the kernel would clear the
+    pages anew. It concerns the whole process, so it is for programs to call, not for importers of a library. Where
+    the C library is another one, nothing happens.
+    """
+    mmap_threshold, trim_threshold = -3, -1
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(mmap_threshold, 1 << 30)
+        library.mallopt(trim_threshold, 2**31 - 1)
+
+
+def _seconds_of_product(dtype: torch.dtype, d_model: int) -> float:
+    rows, weight = torch.randn(1024, d_model).to(dtype), torch.randn(4 * d_model, d_model).to(dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        for _ in range(4):
+            rows @ weight.t()
+        best = min(best, time.perf_counter() - start)
+    return best
