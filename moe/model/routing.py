@@ -110,3 +110,10 @@ def summarise_load(counts: Int[Tensor, " E"], dropped: int = 0) -> LoadSummary:
         entropy=float(entropy),
         dropped=dropped / total,
     )
+
+
+def summarise_layers(counts: Int[Tensor, "L E"] | None, dropped: list[int]) -> list[LoadSummary]:
+    """The :class:`LoadSummary` of each mixture layer; an empty list for a model without one (``counts`` None)."""
+    if counts is None:
+        return []
+    return [summarise_load(layer, lost) for layer, lost in zip(counts, dropped, strict=True)]

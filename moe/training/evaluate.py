@@ -1,0 +1,114 @@
+"""Validation: the loss of every held-out text token, per domain, and the load of every expert on the way."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from moe.config import Precision
+from moe.data.batches import validation_batches
+from moe.data.prepare import PreparedCorpus
+from moe.model.routing import LoadSummary, summarise_layers
+from moe.model.transformer import Transformer
+from moe.training.machine import autocast
+from moe.training.objective import cross_entropy
+
+ROWS = 32
+
+
+@dataclass(frozen=True)
+class Score:
+    """The loss on some held-out text."""
+
+    nats: float
+    """sum of the cross-entropy over the scored tokens; no auxiliary loss"""
+    tokens: int
+    """tokens scored: every token of the text once, ends of text not"""
+    n_bytes: int
+    """bytes of the text"""
+
+    @property
+    def cross_entropy(self) -> float:
+        """Nats per token: it depends on the tokenizer."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte of text: comparable between tokenizers, and with a compressor."""
+        return self.nats / math.log(2) / self.n_bytes
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.nats + other.nats, self.tokens + other.tokens, self.n_bytes + other.n_bytes)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The score of each domain, and how the mixture layers were used."""
+
+    domains: dict[str, Score]
+    counts: Int[Tensor, "L E"] | None
+    """assignments to each expert over all domains; None without mixture layers"""
+    dropped: list[int]
+    """dropped assignments of each mixture layer"""
+
+    @property
+    def pooled(self) -> Score:
+        """The score on all held-out text together."""
+        return sum(self.domains.values(), Score(0.0, 0, 0))
+
+    @property
+    def load(self) -> list[LoadSummary]:
+        """The load of each mixture layer."""
+        return summarise_layers(self.counts, self.dropped)
+
+
+@torch.no_grad()
+def validate(
+    model: Transformer,
+    corpus: PreparedCorpus,
+    sequence_length: int,
+    stride: int,
+    precision: Precision,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Validation | None:
+    """Score all held-out text; None if ``should_stop`` said so on the way. Leaves the model's mode as it was.
+
+    Every text token is scored once, from at least ``sequence_length - stride`` tokens of context. Nothing here draws a
+    random number, so training goes on as if there had been no validation.
+    """
+    device = model.embedding.weight.device
+    scores: dict[str, Score] = {}
+    counts = dropped = None
+    was_training = model.training
+    model.eval()
+    try:
+        for index, (domain, held_out) in enumerate(corpus.validation.items()):
+            nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+            for batch in validation_batches(
+                held_out,
+                domain=index,
+                end_of_text=corpus.tokenizer.end_of_text,
+                sequence_length=sequence_length,
+                stride=stride,
+                rows=ROWS,
+            ):
+                if should_stop():
+                    return None
+                assert batch.scored is not None
+                with autocast(device, precision):
+                    logits, routings = model(batch.tokens.to(device))
+                losses = cross_entropy(logits, batch.targets.to(device), batch.scored.to(device))
+                nats += losses.double().sum()
+                tokens += int(batch.scored.sum())
+                if routings:
+                    batch_counts = torch.stack([routing.counts() for routing in routings])
+                    batch_dropped = torch.stack([routing.dropped_count() for routing in routings])
+                    counts = batch_counts if counts is None else counts + batch_counts
+                    dropped = batch_dropped if dropped is None else dropped + batch_dropped
+            scores[domain] = Score(float(nats), tokens, held_out.n_bytes)
+    finally:
+        model.train(was_training)
+    return Validation(scores, None if counts is None else counts.cpu(), [] if dropped is None else dropped.tolist())

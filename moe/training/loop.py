@@ -1,0 +1,301 @@
+"""The training of one run, from top to bottom: step, log, evaluate, save, until it is done or told to stop."""
+
+import hashlib
+import math
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from moe.config import Config, Precision
+from moe.data.batches import Batches
+from moe.data.prepare import PreparedCorpus
+from moe.errors import UserError
+from moe.model.routing import LoadSummary, summarise_layers
+from moe.model.transformer import Transformer
+from moe.parallel.world import World
+from moe.training import checkpoint
+from moe.training.checkpoint import Checkpoint
+from moe.training.console import Console
+from moe.training.evaluate import Validation, validate
+from moe.training.interrupt import StopSignal
+from moe.training.machine import autocast
+from moe.training.metrics import MetricsLog
+from moe.training.objective import StepCounts, compose
+from moe.training.optimizer import build_optimizer
+from moe.training.run_folder import RunFolder
+from moe.training.schedule import learning_rate
+
+BAD_STEPS_IN_A_ROW = 10
+"""So many losses or gradients in a row that are not finite end the run."""
+
+
+@dataclass
+class Progress:
+    """What a run counts; with the step it is all that resuming needs beside weights, optimizer and random state."""
+
+    step: int = 0
+    """optimizer steps done, skipped ones included"""
+    tokens: int = 0
+    """tokens trained on"""
+    skipped: int = 0
+    """steps without an update, because the loss or the gradient was not finite"""
+    skipped_in_a_row: int = 0
+    """of those, the latest without a good one in between"""
+    validated_step: int = -1
+    """the step after which the latest validation was done"""
+    seconds: float = 0.0
+    """time spent in training steps, over all sittings"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step saw, on all ranks together."""
+
+    losses: dict[str, float]
+    """lm_loss, the mean cross-entropy in nats per token, and each auxiliary loss, unweighted"""
+    gradient_norm: float
+    """norm of the whole gradient, before clipping"""
+    learning_rate: float
+    skipped: bool
+    """whether there was no update, because a loss or the gradient was not finite"""
+    counts: Int[Tensor, "L E"] | None
+    """assignments to each expert of each mixture layer; None without one"""
+    dropped: list[int]
+    """dropped assignments of each mixture layer"""
+
+    @property
+    def load(self) -> list[LoadSummary]:
+        """The load of each mixture layer over the whole batch."""
+        return summarise_layers(self.counts, self.dropped)
+
+
+class Training:
+    """One run in one process: ``Training(...).run()``. All ranks construct it alike; the first writes and speaks."""
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: PreparedCorpus,
+        run_folder: RunFolder,
+        device: torch.device,
+        precision: Precision,
+        world: World,
+        console: Console,
+        resume: Checkpoint | None = None,
+    ) -> None:
+        """Raises UserError where the batch cannot be divided among the ranks, or ``resume`` does not fit the model."""
+        settings = config.training
+        self.config, self.corpus, self.run_folder = config, corpus, run_folder
+        self.device, self.precision, self.world, self.console = device, precision, world, console
+        self.micro_batch, rest = divmod(settings.batch_size, settings.accumulation * world.size)
+        if rest:
+            raise UserError(
+                f"training.batch_size: {settings.batch_size} sequences cannot be divided among {world.size} ranks "
+                f"with training.accumulation {settings.accumulation}"
+            )
+        self.model = Transformer(config.model, settings.seed).to(device)
+        self.model.activation_checkpointing = settings.activation_checkpointing
+        self.optimizer = build_optimizer(self.model, settings.optimizer)
+        if settings.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.batches = Batches(
+            corpus.train,
+            corpus.shares,
+            sequence_length=config.data.sequence_length,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+        self.progress = Progress()
+        if resume is not None:
+            resume.load_model(self.model)
+            resume.load_optimizer(self.optimizer, self.model)
+            resume.restore_random_state()
+            self.progress = Progress(**resume.progress)
+        self.resumed = resume is not None
+        self.saved_step = self.progress.step if self.resumed else -1
+        self.validation: Validation | None = None
+
+    def run(self) -> bool:
+        """Train to the last step and validate there: True. False if a signal stopped the run; it is saved either way.
+
+        Raises UserError after ten steps in a row that were not finite; the last good checkpoint is kept.
+        """
+        settings = self.config.training
+        log = None
+        if self.world.is_first:
+            resume_at = self.progress.step if self.resumed else None
+            log = MetricsLog(self.run_folder.path, resume_at=resume_at, tensorboard=settings.tensorboard)
+        try:
+            with StopSignal() as signal:
+                while True:
+                    if self._validation_is_due():
+                        self._validate(log, signal)
+                    stop = self._on_any_rank(signal.received is not None)
+                    done = self.progress.step >= settings.steps
+                    if stop or done or self.progress.step % settings.checkpoint_every == 0:
+                        self.save()
+                    if done:
+                        return self.progress.validated_step == self.progress.step
+                    if stop:
+                        return False
+                    started = time.perf_counter()
+                    step = self.take_step()
+                    self._count_and_log(step, time.perf_counter() - started, log)
+        finally:
+            if log is not None:
+                log.close()
+
+    def take_step(self) -> Step:
+        """One optimizer step on the batch of ``progress.step``: forward and backward per micro-batch, clip, update.
+
+        A loss or gradient that is not finite on any rank leaves the weights and the optimizer of all ranks as they
+        were. Dropout draws from a generator seeded by (seed, step, rank), so there is no state to carry over.
+        """
+        settings, step = self.config.training, self.progress.step
+        torch.manual_seed(_seed_of_step(settings.seed, step, self.world.rank))
+        rate = learning_rate(settings.schedule, settings.optimizer.lr, step, settings.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        counts = StepCounts(self.world)
+        parts: dict[str, Tensor] = {}
+        for micro in range(settings.accumulation):
+            first_row = (micro * self.world.size + self.world.rank) * self.micro_batch
+            batch = self.batches.rows(step, first_row, first_row + self.micro_batch)
+            with autocast(self.device, self.precision):
+                logits, routings = self.model(batch.tokens.to(self.device, non_blocking=True))
+            targets = batch.targets.to(self.device, non_blocking=True)
+            objective = compose(logits, targets, routings, self.config.model.balance, counts)
+            (objective.total / settings.accumulation).backward()
+            for name, value in {"lm_loss": objective.lm, **objective.auxiliary}.items():
+                parts[name] = parts.get(name, 0) + value.detach() / settings.accumulation
+        self.world.average_gradients(self.model)
+        gradient_norm = self._clip_gradients()
+        means = self.world.sum(torch.stack([*parts.values()])) / self.world.size
+        finite = math.isfinite(float(gradient_norm)) and math.isfinite(float(means.sum()))
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Step(
+            losses=dict(zip(parts, means.tolist(), strict=True)),
+            gradient_norm=float(gradient_norm),
+            learning_rate=rate,
+            skipped=not finite,
+            counts=None if counts.counts is None else self.world.sum(counts.counts).cpu(),
+            dropped=[] if counts.dropped is None else self.world.sum(counts.dropped).tolist(),
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint of this step, unless it is there or the latest steps were not finite."""
+        if self.progress.step == self.saved_step or self.progress.step == 0 or self.progress.skipped_in_a_row:
+            return
+        if self.world.is_first:
+            checkpoint.save(
+                self.run_folder.checkpoints_path,
+                self.progress.step,
+                self.model,
+                self.optimizer,
+                asdict(self.progress),
+                self.config.training.keep_checkpoints,
+            )
+        self.saved_step = self.progress.step
+        self.world.wait()
+
+    def _clip_gradients(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        limit = self.config.training.optimizer.clip
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+        return norm
+
+    def _validation_is_due(self) -> bool:
+        step, settings = self.progress.step, self.config.training
+        periodic = step > 0 and step % settings.evaluate_every == 0
+        return (
+            (periodic or step >= settings.steps)
+            and self.progress.validated_step < step
+            or (
+                # A finished run that is resumed has its numbers in the log, and not here.
+                step >= settings.steps and self.validation is None
+            )
+        )
+
+    def _validate(self, log: MetricsLog | None, signal: StopSignal) -> None:
+        """Validate unless a signal comes; several ranks, whose signals differ in time, go through to the end."""
+        self.console.say(f"validating after step {self.progress.step}")
+        alone = self.world.size == 1
+        validation = validate(
+            self.model,
+            self.corpus,
+            self.config.data.sequence_length,
+            self.config.data.validation_stride,
+            self.precision,
+            should_stop=lambda: alone and signal.received is not None,
+        )
+        if validation is None:
+            return
+        already_logged = self.progress.validated_step == self.progress.step
+        self.validation, self.progress.validated_step = validation, self.progress.step
+        pooled = validation.pooled
+        if log is not None and not already_logged:
+            log.write(
+                self.progress.step,
+                "validation",
+                {"cross_entropy": pooled.cross_entropy, "bits_per_byte": pooled.bits_per_byte}
+                | {f"bits_per_byte/{domain}": score.bits_per_byte for domain, score in validation.domains.items()}
+                | load_values(validation.load),
+            )
+        self.console.say(f"validation: {pooled.bits_per_byte:.4f} bits per byte")
+
+    def _count_and_log(self, step: Step, seconds: float, log: MetricsLog | None) -> None:
+        progress, settings = self.progress, self.config.training
+        tokens = settings.batch_size * self.config.data.sequence_length
+        progress.step += 1
+        progress.tokens += tokens
+        progress.seconds += seconds
+        progress.skipped += step.skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if step.skipped else 0
+        if log is not None:
+            log.write(
+                progress.step,
+                "train",
+                step.losses
+                | {
+                    "gradient_norm": step.gradient_norm,
+                    "learning_rate": step.learning_rate,
+                    "tokens_per_second": tokens / seconds,
+                    "tokens": progress.tokens,
+                    "skipped": progress.skipped,
+                }
+                | load_values(step.load),
+            )
+        self.console.step(progress.step, step.losses["lm_loss"], tokens, seconds, step.counts)
+        if step.skipped:
+            self.console.say(f"step {progress.step} skipped: its loss or gradient is not finite")
+        if progress.skipped_in_a_row >= BAD_STEPS_IN_A_ROW:
+            last = (
+                f"the checkpoint of step {self.saved_step} is kept" if self.saved_step > 0 else "there is no checkpoint"
+            )
+            raise UserError(
+                f"{BAD_STEPS_IN_A_ROW} steps in a row had a loss or gradient that is not finite; {last}: "
+                "lower training.optimizer.lr, or set training.precision to fp32"
+            )
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        return bool(self.world.sum(torch.tensor(int(flag), device=self.device)))
+
+
+def load_values(load: list[LoadSummary]) -> dict[str, float]:
+    """A bounded set of numbers a layer for the log, never one an expert."""
+    return {
+        f"load/{layer}/{name}": value for layer, summary in enumerate(load) for name, value in asdict(summary).items()
+    }
+
+
+def _seed_of_step(seed: int, step: int, rank: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7], "big")

@@ -1,0 +1,96 @@
+"""A run is a folder: everything that resuming, generating, studying or exporting needs, and nothing outside it.
+
+``runs/NAME/`` holds ``config.yaml`` (every setting as it was used), ``tokenizer.json``, ``corpus.json`` (the manifest
+of the corpus), ``metrics.jsonl``, ``checkpoints/``, and at the end ``summary.json`` and ``report.txt``.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe import config_file
+from moe.config import Config
+from moe.data.prepare import PreparedCorpus
+from moe.data.tokenizer import Tokenizer
+from moe.errors import UserError
+from moe.model.transformer import Transformer
+from moe.training import checkpoint
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run."""
+
+    path: Path
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def corpus_path(self) -> Path:
+        return self.path / "corpus.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    @classmethod
+    def create(cls, config: Config, stem: str, corpus: PreparedCorpus) -> "RunFolder":
+        """Make the folder that ``config.run`` names (``stem`` and the time where it names none) and write what is fixed.
+
+        Raises UserError where the folder exists.
+        """
+        path = Path(config.run.folder).expanduser() / (config.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise UserError(f"{path}: exists; choose another --run.name, or continue it with --resume {path}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be made: {error.strerror}; choose another --run.folder") from None
+        run = cls(path)
+        run.config_path.write_text(config_file.dump(config), encoding="utf-8")
+        corpus.tokenizer.save(run.tokenizer_path)
+        run.corpus_path.write_text(json.dumps(corpus.manifest, indent=1), encoding="utf-8")
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """The run in the folder ``path``; raises UserError where it is none."""
+        run = cls(path)
+        if not run.config_path.is_file():
+            raise UserError(f"{path}: is no run folder: it has no config.yaml")
+        return run
+
+    def config(self, overrides: Mapping[str, str] = config_file.NOTHING) -> Config:
+        """The settings of the run, with ``overrides`` over them."""
+        return config_file.load(self.config_path, overrides)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the run was trained with."""
+        return Tokenizer.load(self.tokenizer_path)
+
+    def corpus_manifest(self) -> dict[str, Any]:
+        """The manifest of the corpus that the run is trained on; raises UserError where it cannot be read."""
+        try:
+            manifest: dict[str, Any] = json.loads(self.corpus_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.corpus_path}: cannot be read: {error}") from error
+        return manifest
+
+    def load_model(self) -> Transformer:
+        """The model at the newest checkpoint whose digests are right, in evaluation mode."""
+        model = Transformer(self.config().model)
+        checkpoint.newest(self.checkpoints_path, print).load_model(model)
+        return model.eval()
