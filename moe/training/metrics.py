@@ -17,33 +17,32 @@ from typing import Any, Literal, Self, SupportsFloat
 
 from moe.errors import UserError
 
-FILE_NAME = "metrics.jsonl"
 Kind = Literal["train", "validation"]
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsLog:
-    """Appends rows to ``metrics.jsonl`` in a run's folder; a row is in the file when :meth:`write` returns.
+    """Appends rows to the ``metrics.jsonl`` at ``path``; a row is in the file when :meth:`write` returns.
 
-    ``resume_at`` is the step of the checkpoint that the run goes on from: rows of later steps, and a last line that a
-    kill cut short, are removed, so that no step appears twice. None starts the file afresh.
+    ``resume_step`` is the step of the checkpoint that the run goes on from: rows of later steps, and a last line that
+    a kill cut short, are removed, so that no step appears twice. 0 starts the file afresh. TensorBoard's events go to
+    the folder ``tensorboard`` beside it.
 
     Raises UserError where the file cannot be written, where a line before the last is no row, and where TensorBoard
     is asked for but not installed.
     """
 
-    def __init__(self, run_folder: Path, *, resume_at: int | None = None, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path, *, resume_step: int = 0, tensorboard: bool = False) -> None:
         writer = _summary_writer() if tensorboard else None
-        self._path = run_folder / FILE_NAME
+        self._path = path
         try:
-            run_folder.mkdir(parents=True, exist_ok=True)
-            _cut_back(self._path, resume_at)
-            self._file = self._path.open("a", encoding="utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_back(path, resume_step)
+            self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise _cannot_write(self._path, error) from error
-        purge = None if resume_at is None else resume_at + 1
-        self._events = writer(run_folder / "tensorboard", purge_step=purge) if writer else None
+            raise _cannot_write(path, error) from error
+        self._events = writer(path.parent / "tensorboard", purge_step=resume_step + 1) if writer else None
 
     def write(self, step: int, kind: Kind, values: Mapping[str, SupportsFloat]) -> None:
         """Add a row. Integers stay integers; anything else with a ``float`` (numpy, a tensor) becomes one."""
@@ -86,12 +85,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name the folder of a run") from error
 
 
-def _cut_back(path: Path, resume_at: int | None) -> None:
-    """Leave the rows up to step ``resume_at``. The file is replaced at once: a kill here loses no row."""
-    if resume_at is None or not path.exists():
+def _cut_back(path: Path, resume_step: int) -> None:
+    """Leave the rows up to step ``resume_step``. The file is replaced at once: a kill here loses no row."""
+    if resume_step == 0 or not path.exists():
         path.write_bytes(b"")
         return
-    kept = b"".join(line + b"\n" for line, row in _lines_and_rows(path) if row["step"] <= resume_at)
+    kept = b"".join(line + b"\n" for line, row in _lines_and_rows(path) if row["step"] <= resume_step)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(kept)

@@ -14,7 +14,7 @@ from moe.training.metrics import MetricsLog, read_metrics
 
 
 def test_a_row_is_one_flat_line_and_is_there_before_the_log_is_closed(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path)
+    log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write(1, "train", {"loss": 2.5, "tokens": 4096})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "kind": "train", "loss": 2.5, "tokens": 4096}\n'
     log.write(1, "validation", {"loss/prose": 2.25})
@@ -26,7 +26,7 @@ def test_a_row_is_one_flat_line_and_is_there_before_the_log_is_closed(tmp_path: 
 
 
 def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path) as log:
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
         log.write(1, "train", {"loss": math.nan, "norm": math.inf, "low": -math.inf})
 
     def refuse(word: str) -> float:
@@ -41,7 +41,7 @@ def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path: Path
 
 
 def test_numbers_of_other_libraries_are_taken(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path) as log:
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
         log.write(1, "train", {"a": np.float32(0.5), "b": np.int64(2**53 + 1), "c": torch.tensor(1.5)})
     assert read_metrics(tmp_path / "metrics.jsonl")[0] == {
         "step": 1, "kind": "train", "a": 0.5, "b": 2**53 + 1, "c": 1.5,
@@ -49,12 +49,12 @@ def test_numbers_of_other_libraries_are_taken(tmp_path: Path) -> None:
 
 
 def test_a_value_cannot_take_the_name_of_a_field(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path) as log, pytest.raises(ValueError, match="'step' belongs to the row"):
+    with MetricsLog(tmp_path / "metrics.jsonl") as log, pytest.raises(ValueError, match="'step' belongs to the row"):
         log.write(1, "train", {"step": 2})
 
 
 def test_resuming_removes_later_rows_and_a_line_cut_short(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path) as log:
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
         for step in (1, 2, 3, 4):
             log.write(step, "train", {"loss": math.nan if step == 1 else 1 / step})
         log.write(2, "validation", {"loss": 9.0})
@@ -62,7 +62,7 @@ def test_resuming_removes_later_rows_and_a_line_cut_short(tmp_path: Path) -> Non
         file.write('{"step": 5, "kind": "tr')
     before = (tmp_path / "metrics.jsonl").read_text().splitlines()
 
-    with MetricsLog(tmp_path, resume_at=2) as log:
+    with MetricsLog(tmp_path / "metrics.jsonl", resume_step=2) as log:
         log.write(3, "train", {"loss": 0.25})
 
     after = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -73,20 +73,20 @@ def test_resuming_removes_later_rows_and_a_line_cut_short(tmp_path: Path) -> Non
 def test_a_line_that_lost_nothing_but_its_newline_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "kind": "train"}')
-    with MetricsLog(tmp_path, resume_at=1) as log:
+    with MetricsLog(tmp_path / "metrics.jsonl", resume_step=1) as log:
         log.write(2, "train", {})
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
 
 
 def test_a_new_run_starts_afresh(tmp_path: Path) -> None:
     for _ in range(2):
-        with MetricsLog(tmp_path) as log:
+        with MetricsLog(tmp_path / "metrics.jsonl") as log:
             log.write(6, "train", {})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 6, "kind": "train"}]
 
 
 def test_a_resumed_run_that_lost_its_file_starts_another(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, resume_at=5) as log:
+    with MetricsLog(tmp_path / "metrics.jsonl", resume_step=5) as log:
         log.write(6, "train", {})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 6, "kind": "train"}]
 
@@ -104,7 +104,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics.jsonl:2: is no row of metrics"):
         read_metrics(path)
     with pytest.raises(UserError, match=r"metrics.jsonl:2: is no row of metrics"):
-        MetricsLog(tmp_path, resume_at=3)
+        MetricsLog(tmp_path / "metrics.jsonl", resume_step=3)
 
 
 def test_a_missing_file_and_a_place_that_cannot_be_written_are_errors(tmp_path: Path) -> None:
@@ -112,23 +112,23 @@ def test_a_missing_file_and_a_place_that_cannot_be_written_are_errors(tmp_path: 
         read_metrics(tmp_path / "metrics.jsonl")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written"):
-        MetricsLog(tmp_path / "file")
+        MetricsLog(tmp_path / "file" / "metrics.jsonl")
 
 
 def test_tensorboard_is_imported_only_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None in sys.modules makes the import fail, as where it is not installed."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    MetricsLog(tmp_path).close()
+    MetricsLog(tmp_path / "metrics.jsonl").close()
     with pytest.raises(UserError, match=r"pip install -e '\.\[tensorboard\]'"):
-        MetricsLog(tmp_path, tensorboard=True)
+        MetricsLog(tmp_path / "metrics.jsonl", tensorboard=True)
 
 
 def test_tensorboard_events_hold_the_same_numbers_and_are_purged_on_resuming(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with MetricsLog(tmp_path, tensorboard=True) as log:
+    with MetricsLog(tmp_path / "metrics.jsonl", tensorboard=True) as log:
         for step in (1, 2, 3):
             log.write(step, "train", {"loss": step / 4})
-    with MetricsLog(tmp_path, resume_at=2, tensorboard=True) as log:
+    with MetricsLog(tmp_path / "metrics.jsonl", resume_step=2, tensorboard=True) as log:
         log.write(3, "train", {"loss": 8.0})
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.25), (2, 0.5), (3, 8.0)]
