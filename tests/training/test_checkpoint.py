@@ -451,6 +451,17 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert newest(tmp_path, no_report).progress == {"attempt": 3}
 
 
+def test_the_old_checkpoint_of_a_replacement_that_was_killed_is_used_and_then_removed(tmp_path: Path) -> None:
+    """Between stepping aside and its successor taking the name, it is the only one of its step."""
+    save(tmp_path, 1, Small(), None, {}, keep=2)
+    save(tmp_path, 2, Small(), None, {"attempt": 1}, keep=2)
+    (tmp_path / "step-00000002").rename(tmp_path / "step-00000002.replaced")
+    assert newest(tmp_path, no_report).progress == {"attempt": 1}
+    save(tmp_path, 2, Small(), None, {"attempt": 2}, keep=2)
+    assert newest(tmp_path, no_report).progress == {"attempt": 2}
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
 def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "step-three").write_text("mine")
