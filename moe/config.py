@@ -257,8 +257,8 @@ class DataConfig:
     """tokens a training sequence predicts"""
     validation_bytes: int = 98_304
     """held-out text per domain, in bytes of whole documents; never more than a tenth of the domain"""
-    validation_stride: int = 128
-    """validation windows of sequence_length are so far apart: each token is predicted from at least the difference"""
+    validation_stride: int | None = None
+    """tokens between validation windows, so that each token has at least the rest as context; null: half a window"""
     max_bytes: int | None = None
     """at most so much training text per domain, in bytes of whole documents; null: all"""
     cache: str = "~/.cache/moe-lab"
@@ -267,11 +267,16 @@ class DataConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "sequence_length", "validation_bytes", "max_bytes")
         require(
-            1 <= self.validation_stride <= self.sequence_length,
+            1 <= self.stride <= self.sequence_length,
             "validation_stride",
-            f"is {self.validation_stride}, and must be from 1 to sequence_length = {self.sequence_length}",
+            f"is {self.stride}, and must be from 1 to sequence_length = {self.sequence_length}",
         )
         require(self.vocab_size >= 257, "vocab_size", f"is {self.vocab_size}; 256 bytes and an end of text need 257")
+
+    @property
+    def stride(self) -> int:
+        """Tokens between validation windows, with the default resolved."""
+        return max(1, self.sequence_length // 2) if self.validation_stride is None else self.validation_stride
 
 
 # ------------------------------------------------------------------------------------------------------------- training

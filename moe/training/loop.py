@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moe.config import Config, Precision
+from moe.config import Config
 from moe.data.batches import Batches
 from moe.data.prepare import PreparedCorpus
 from moe.errors import UserError
@@ -81,15 +81,18 @@ class Training:
         corpus: PreparedCorpus,
         run_folder: RunFolder,
         device: torch.device,
-        precision: Precision,
         world: World,
         console: Console,
         resume: Checkpoint | None = None,
     ) -> None:
-        """Raises UserError where the batch cannot be divided among the ranks, or ``resume`` does not fit the model."""
+        """``config`` is resolved: a vocabulary size, and a precision other than auto.
+
+        Raises UserError where the batch cannot be divided among the ranks, or ``resume`` does not fit the model.
+        """
         settings = config.training
         self.config, self.corpus, self.run_folder = config, corpus, run_folder
-        self.device, self.precision, self.world, self.console = device, precision, world, console
+        self.device, self.world, self.console = device, world, console
+        self.precision = settings.precision
         self.micro_batch, rest = divmod(settings.batch_size, settings.accumulation * world.size)
         if rest:
             raise UserError(
@@ -127,19 +130,21 @@ class Training:
         settings = self.config.training
         log = None
         if self.world.is_first:
-            resume_at = self.progress.step if self.resumed else None
-            log = MetricsLog(self.run_folder.path, resume_at=resume_at, tensorboard=settings.tensorboard)
+            path, reached = self.run_folder.metrics_path, self.progress.step
+            log = MetricsLog(path, resume_step=reached, tensorboard=settings.tensorboard)
         try:
             with StopSignal() as signal:
+                self.console.start()
                 while True:
-                    if self._validation_is_due():
-                        self._validate(log, signal)
-                    stop = self._on_any_rank(signal.received is not None)
-                    done = self.progress.step >= settings.steps
-                    if stop or done or self.progress.step % settings.checkpoint_every == 0:
-                        self.save()
-                    if done:
-                        return self.progress.validated_step == self.progress.step
+                    with self.console.pause():
+                        if self._validation_is_due():
+                            self._validate(log, signal)
+                        stop = self._on_any_rank(signal.received is not None)
+                        finished = self.progress.step >= settings.steps
+                        if stop or finished or self.progress.step % settings.checkpoint_every == 0:
+                            self.save()
+                    if finished:
+                        return self.validation is not None
                     if stop:
                         return False
                     started = time.perf_counter()
@@ -170,7 +175,7 @@ class Training:
                 logits, routings = self.model(batch.tokens.to(self.device, non_blocking=True))
             targets = batch.targets.to(self.device, non_blocking=True)
             objective = compose(logits, targets, routings, self.config.model.balance, counts)
-            (objective.total / settings.accumulation).backward()
+            torch.autograd.backward(objective.total / settings.accumulation)
             for name, value in {"lm_loss": objective.lm, **objective.auxiliary}.items():
                 parts[name] = parts.get(name, 0) + value.detach() / settings.accumulation
         self.world.average_gradients(self.model)
@@ -215,15 +220,10 @@ class Training:
 
     def _validation_is_due(self) -> bool:
         step, settings = self.progress.step, self.config.training
-        periodic = step > 0 and step % settings.evaluate_every == 0
-        return (
-            (periodic or step >= settings.steps)
-            and self.progress.validated_step < step
-            or (
-                # A finished run that is resumed has its numbers in the log, and not here.
-                step >= settings.steps and self.validation is None
-            )
-        )
+        if step >= settings.steps:
+            # Also where a finished run is resumed: it has its numbers in the log, and not here.
+            return self.validation is None
+        return step > 0 and step % settings.evaluate_every == 0 and self.progress.validated_step < step
 
     def _validate(self, log: MetricsLog | None, signal: StopSignal) -> None:
         """Validate unless a signal comes; several ranks, whose signals differ in time, go through to the end."""
@@ -233,7 +233,7 @@ class Training:
             self.model,
             self.corpus,
             self.config.data.sequence_length,
-            self.config.data.validation_stride,
+            self.config.data.stride,
             self.precision,
             should_stop=lambda: alone and signal.received is not None,
         )
@@ -274,7 +274,7 @@ class Training:
                 }
                 | load_values(step.load),
             )
-        self.console.step(progress.step, step.losses["lm_loss"], tokens, seconds, step.counts)
+        self.console.update(progress.step, loss=step.losses["lm_loss"], tokens=tokens, load=step.counts)
         if step.skipped:
             self.console.say(f"step {progress.step} skipped: its loss or gradient is not finite")
         if progress.skipped_in_a_row >= BAD_STEPS_IN_A_ROW:

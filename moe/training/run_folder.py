@@ -6,17 +6,18 @@ of the corpus), ``metrics.jsonl``, ``checkpoints/``, and at the end ``summary.js
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe import config_file
-from moe.config import Config
-from moe.data.prepare import PreparedCorpus
+from moe.config import Config, DataConfig
+from moe.data.prepare import PreparedCorpus, reopen
 from moe.data.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.model.transformer import Transformer
+from moe.parallel.world import World
 from moe.training import checkpoint
 
 
@@ -47,12 +48,14 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @classmethod
-    def create(cls, config: Config, stem: str, corpus: PreparedCorpus) -> "RunFolder":
-        """Make the folder that ``config.run`` names (``stem`` and the time where it names none) and write what is fixed.
+    def create(cls, config: Config, stem: str, corpus: PreparedCorpus, world: World) -> "RunFolder":
+        """Make the folder that ``config.run`` names (by default ``stem`` and the time) and write what is fixed.
 
-        Raises UserError where the folder exists.
+        Only the first rank writes. Raises UserError where the folder exists.
         """
         path = Path(config.run.folder).expanduser() / (config.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if not world.is_first:
+            return cls(path)
         try:
             path.mkdir(parents=True)
         except FileExistsError:
@@ -60,7 +63,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{path}: cannot be made: {error.strerror}; choose another --run.folder") from None
         run = cls(path)
-        run.config_path.write_text(config_file.dump(config), encoding="utf-8")
+        run.write_config(config)
         corpus.tokenizer.save(run.tokenizer_path)
         run.corpus_path.write_text(json.dumps(corpus.manifest, indent=1), encoding="utf-8")
         return run
@@ -73,6 +76,10 @@ class RunFolder:
             raise UserError(f"{path}: is no run folder: it has no config.yaml")
         return run
 
+    def write_config(self, config: Config) -> None:
+        """Write every setting as it is used."""
+        self.config_path.write_text(config_file.dump(config), encoding="utf-8")
+
     def config(self, overrides: Mapping[str, str] = config_file.NOTHING) -> Config:
         """The settings of the run, with ``overrides`` over them."""
         return config_file.load(self.config_path, overrides)
@@ -81,13 +88,16 @@ class RunFolder:
         """The tokenizer that the run was trained with."""
         return Tokenizer.load(self.tokenizer_path)
 
-    def corpus_manifest(self) -> dict[str, Any]:
-        """The manifest of the corpus that the run is trained on; raises UserError where it cannot be read."""
+    def corpus(self, config: DataConfig, say: Callable[[str], None]) -> PreparedCorpus:
+        """The corpus that the run is trained on: from the cache, or prepared again.
+
+        Raises UserError where what is installed has changed since, so that the tokens would be others.
+        """
         try:
             manifest: dict[str, Any] = json.loads(self.corpus_path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.corpus_path}: cannot be read: {error}") from error
-        return manifest
+        return reopen(config, manifest, self.path, say)
 
     def load_model(self) -> Transformer:
         """The model at the newest checkpoint whose digests are right, in evaluation mode."""

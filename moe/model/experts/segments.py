@@ -188,11 +188,29 @@ def _activation_backward(
     weight_of_row: Float[Tensor, "R 1"],
     activation: Activation,
 ) -> tuple[Float[Tensor, "R F"], Float[Tensor, "R H"], Float[Tensor, " R"]]:
-    """Return A = activation(hidden), the gradient of hidden, and ⟨dA', A⟩, for the gradient dA' of an unweighted A."""
-    dtype = weight_of_row.dtype
+    """Return A = activation(hidden), the gradient of hidden, and ⟨dA', A⟩, for the gradient dA' of an unweighted A.
+
+    ``grad_inner`` is dA', and is overwritten. SwiGLU is written out, because autograd would split and join the halves.
+    """
+    if activation == "swiglu":
+        gate, value = hidden.chunk(2, dim=-1)
+        gated = F.silu(gate)
+        inner = gated * value
+        dot = _row_dot(grad_inner, inner, weight_of_row.dtype)
+        grad_inner *= weight_of_row.to(grad_inner.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_gate, grad_value = grad_hidden.chunk(2, dim=-1)
+        torch.mul(grad_inner, gated, out=grad_value)
+        torch.ops.aten.silu_backward.grad_input(grad_inner.mul_(value), gate, grad_input=grad_gate)
+        return inner, grad_hidden, dot
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         inner = activate(leaf, activation)
-    dot = torch.linalg.vecdot(grad_inner.to(dtype), inner.detach().to(dtype))
+    dot = _row_dot(grad_inner, inner.detach(), weight_of_row.dtype)
     (grad_hidden,) = torch.autograd.grad(inner, leaf, grad_inner * weight_of_row.to(grad_inner.dtype))
     return inner.detach(), grad_hidden, dot
+
+
+def _row_dot(a: Float[Tensor, "R F"], b: Float[Tensor, "R F"], dtype: torch.dtype) -> Float[Tensor, " R"]:
+    dot: Tensor = torch.linalg.vecdot(a.to(dtype), b.to(dtype))
+    return dot

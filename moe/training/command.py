@@ -1,0 +1,136 @@
+"""The command behind ``train.py``: from flags to a finished run folder, every mistake one line and exit status 2."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from moe import config_file
+from moe.config import Config, ConfigError
+from moe.data.prepare import PreparedCorpus, find_corpus, prepare
+from moe.errors import UserError
+from moe.parallel.world import World, join_world, leave_world
+from moe.training import checkpoint
+from moe.training.console import Console
+from moe.training.loop import Training
+from moe.training.machine import choose_device, choose_precision, keep_freed_memory
+from moe.training.report import write_report
+from moe.training.run_folder import RunFolder
+
+USAGE = "python train.py [CONFIG] [--section.key value ...]     or     python train.py --resume RUN"
+FLAGS = {
+    "--resume RUN": "go on with the run in this folder, from its newest sound checkpoint",
+    "--help": "show this and every setting",
+}
+
+MAY_CHANGE = (
+    "training.evaluate_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.log_every",
+    "training.tensorboard",
+    "training.device",
+    "training.activation_checkpointing",
+    "training.steps",
+    "data.cache",
+)
+"""What may be set anew on resuming; anything else would make it another run."""
+
+
+def main(arguments: Sequence[str], default_config: Path) -> int:
+    """Run the command and return its exit status: 0 done, 2 a mistake of the user's, 130 stopped by a signal."""
+    try:
+        line = config_file.parse_flags(arguments, FLAGS)
+        if "--help" in line.options:
+            print(config_file.help_text(USAGE, FLAGS))
+            return 0
+        if len(line.positional) > 1:
+            raise UserError(f"one configuration at a time, and {len(line.positional)} were given: {line.positional}")
+        if "--resume" in line.options and line.positional:
+            raise UserError(f"--resume takes its configuration from the run; leave out {line.positional[0]}")
+        keep_freed_memory()
+        if "--resume" in line.options:
+            return _resume(Path(line.options["--resume"]), line.overrides)
+        path = Path(line.positional[0]) if line.positional else default_config
+        return _start(config_file.load(path, line.overrides), path)
+    except (UserError, ConfigError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped before the first step; nothing is lost", file=sys.stderr)
+        return 130
+    finally:
+        leave_world()
+
+
+def _start(config: Config, path: Path) -> int:
+    """Prepare the corpus, make the run folder and train from the first step."""
+    device, world = _join(config)
+    with _console(config, world) as console:
+        corpus = _in_turn(world, lambda: prepare(config.data, path.parent, console.say))
+        config = config.with_vocab(corpus.tokenizer.size)
+        precision = choose_precision(config.training.precision, device, config.model.d_model)
+        corpus_path = find_corpus(config.data, path.parent).resolve()
+        config = replace(
+            config,
+            data=replace(config.data, corpus=str(corpus_path)),
+            training=replace(config.training, precision=precision),
+        )
+        run_folder = RunFolder.create(config, path.stem, corpus, world)
+        return _train(Training(config, corpus, run_folder, device, world, console), console)
+
+
+def _resume(path: Path, overrides: Mapping[str, str]) -> int:
+    """Go on with a run from its newest sound checkpoint."""
+    for key in overrides:
+        if key not in MAY_CHANGE:
+            raise UserError(f"--{key} would make it another run; with --resume only these may change: {MAY_CHANGE}")
+    run_folder = RunFolder.open(path)
+    config = run_folder.config(overrides)
+    device, world = _join(config)
+    with _console(config, world) as console:
+        corpus = _in_turn(world, lambda: run_folder.corpus(config.data, console.say))
+        newest = checkpoint.newest(run_folder.checkpoints_path, console.say)
+        for difference in newest.environment_differences():
+            console.say(f"numbers may differ in the last digits from an unbroken run: {difference}")
+        if overrides and world.is_first:
+            run_folder.write_config(config)
+        console.say(f"resuming {path} after step {newest.step}")
+        return _train(Training(config, corpus, run_folder, device, world, console, newest), console)
+
+
+def _train(training: Training, console: Console) -> int:
+    """Run to the end and report, or say how to go on."""
+    run_folder = training.run_folder
+    finished = training.run()
+    if not finished:
+        console.say(f"saved; go on with: python train.py --resume {run_folder.path}")
+        return 130
+    if training.world.is_first:
+        console.say("")
+        console.say(write_report(training))
+        console.say(f"\nrun folder: {run_folder.path}")
+    return 0
+
+
+def _console(config: Config, world: World) -> Console:
+    """The screen of the first rank; the others write to nowhere."""
+    stream = None if world.is_first else Path(os.devnull).open("w")  # noqa: SIM115
+    return Console(
+        config.training.steps, every=config.training.log_every, moe_layers=config.model.moe_layers, stream=stream
+    )
+
+
+def _join(config: Config) -> tuple[torch.device, World]:
+    world = join_world(choose_device(config.training.device).type)
+    return choose_device(config.training.device, world.rank), world
+
+
+def _in_turn(world: World, work: Callable[[], PreparedCorpus]) -> PreparedCorpus:
+    """What ``work`` returns, done first by the first rank, so that the others find the cache filled."""
+    result = work() if world.is_first else None
+    world.wait()
+    return work() if result is None else result
