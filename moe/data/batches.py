@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from math import gcd, lcm
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from moe.data.corpus import whole_shares
 from moe.data.prepare import HeldOut, TokenStream
 from moe.errors import UserError
 
@@ -85,8 +85,8 @@ class Batches:
             raise IndexError(f"rows {start}:{stop} of step {step}, in batches of {self.batch_size}")
         sequences = range(step * self.batch_size + start, step * self.batch_size + stop)
         domains, blocks = zip(*(self._sequence(index) for index in sequences), strict=True)
-        tokens = torch.from_numpy(np.stack(blocks).astype(np.int64))
-        return Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:], domain=torch.tensor(domains))
+        block = torch.from_numpy(np.stack(blocks).astype(np.int64))
+        return Batch(block[:, :-1].contiguous(), block[:, 1:].contiguous(), domain=torch.tensor(domains))
 
     def epochs(self, step: int) -> dict[str, float]:
         """How often each domain's text has been used once ``step`` batches have been, the current pass in part."""
@@ -131,8 +131,7 @@ def domain_schedule(shares: Sequence[Fraction]) -> npt.NDArray[np.intp]:
     With w sequences of a domain in the period, its j-th is due at (j + 1/2) / w of it; they come in the order in which
     they are due. ``shares`` need not sum to 1.
     """
-    scaled = [int(share * lcm(*(share.denominator for share in shares))) for share in shares]
-    uses = np.array([weight // gcd(*scaled) for weight in scaled])
+    uses = whole_shares(shares)
     due = np.concatenate([(np.arange(weight) + 0.5) / weight for weight in uses])
     return np.repeat(np.arange(len(uses)), uses)[np.argsort(due, kind="stable")]
 

@@ -11,7 +11,7 @@ class CompressionBaseline:
     """Compressed bits per byte of text, each the size of the whole compressed file: headers are paid for."""
 
     gzip: float
-    """``gzip -9``"""
+    """``gzip -9``; by zlib, whose output differs from that of the GNU program by less than a hundredth"""
     xz: float
     """``xz -9e``"""
 

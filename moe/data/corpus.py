@@ -26,7 +26,8 @@ import socket
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from fractions import Fraction
 from functools import cache
@@ -86,7 +87,7 @@ class MissingSourceError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(ABC):
     """What every kind of source has."""
 
     kind: ClassVar[str]
@@ -94,9 +95,9 @@ class Source:
     share: Fraction | None = None
     extract: str = "text"
 
+    @abstractmethod
     def find(self, folder: Path) -> Listing:
         """The source as it is now; ``folder`` is where the corpus file lies. Raises MissingSourceError."""
-        raise NotImplementedError
 
     def read(self, listing: Listing, left_out: list[str]) -> Iterator[Document]:
         """Its documents; names of files that cannot be read that way are appended to ``left_out``."""
@@ -108,6 +109,8 @@ class Source:
             except (ValueError, SyntaxError):  # not Unicode, or not what the extractor expects
                 left_out.append(file.name)
                 continue
+            except OSError as error:
+                raise UserError(f"{file.path}: cannot be read: {error.strerror}") from error
             yield from _named(file.name, texts)
 
 
@@ -199,7 +202,7 @@ class Files(Source):
             except Exception as error:  # any of a dozen libraries' classes
                 raise UserError(f"{file.path}: cannot be read as {builder}: {_first_line(error)}") from error
 
-    def _documents(self, name: str, records: Iterator[Mapping[str, Any]]) -> Iterator[Document]:
+    def _documents(self, name: str, records: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
         for index, record in enumerate(records):
             content = _text_field(record, self.field, name)
             yield from _named(f"{name}#{index}", EXTRACTORS[self.extract](content))
@@ -278,10 +281,10 @@ class Corpus:
         return {domain: weight / sum(weights.values()) for domain, weight in weights.items()}
 
 
-def period(shares: Sequence[Fraction]) -> int:
-    """The smallest number of sequences in which every domain can have exactly its share."""
+def whole_shares(shares: Sequence[Fraction]) -> list[int]:
+    """The smallest whole numbers in the ratio of ``shares``; their sum is the period in which shares can be exact."""
     scaled = [int(share * lcm(*(share.denominator for share in shares))) for share in shares]
-    return sum(scaled) // gcd(*scaled)
+    return [weight // gcd(*scaled) for weight in scaled]
 
 
 # -------------------------------------------------------------------------------------------------- the corpus file
@@ -313,7 +316,7 @@ def read_corpus(path: Path) -> Corpus:
             share_line[source.domain] = line
         sources.append(source)
     corpus = Corpus(path, tuple(sources))
-    needed = period(list(corpus.shares(list(dict.fromkeys(source.domain for source in sources))).values()))
+    needed = sum(whole_shares([*corpus.shares([source.domain for source in sources]).values()]))
     if needed > LONGEST_PERIOD:
         raise UserError(f"{path}: the shares repeat only after {needed} sequences; write them with fewer digits")
     return corpus

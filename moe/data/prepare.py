@@ -88,8 +88,7 @@ def prepare(config: DataConfig, base: Path, say: Say = lambda line: print(line, 
     found there, and to the working directory otherwise. ``say`` takes one line about each source that is missing and
     each stage of building. Raises UserError, with the place and the remedy, for anything that cannot be used.
     """
-    path = base / Path(config.corpus).expanduser()
-    corpus = read_corpus(path if path.is_file() else Path(config.corpus).expanduser())
+    corpus = read_corpus(_corpus_file(config.corpus, base))
     tokenizer_name = tokenizer_identity(config.tokenizer, config.vocab_size, base)
     listings, missing = corpus.find()
     for line in missing:
@@ -112,6 +111,39 @@ def prepare(config: DataConfig, base: Path, say: Say = lambda line: print(line, 
     except OSError as error:
         raise UserError(f"data.cache: {error.filename or cache}: {error.strerror or error}") from error
     return _load(folder, corpus)
+
+
+def _corpus_file(name: str, base: Path) -> Path:
+    candidates = [base / Path(name).expanduser(), Path(name).expanduser()]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise UserError(f"data.corpus: there is no file {' nor '.join(map(str, dict.fromkeys(candidates)))}")
+
+
+def find_corpus(config: DataConfig, base: Path) -> Path:
+    """The corpus file of ``config``: relative to ``base`` where there is one, to the working directory otherwise."""
+    path = base / Path(config.corpus).expanduser()
+    return path if path.is_file() else Path(config.corpus).expanduser()
+
+
+def reopen(config: DataConfig, manifest: Mapping[str, Any], base: Path, say: Say) -> PreparedCorpus:
+    """The corpus that ``manifest`` describes, to go on with a run: from the cache, else prepared again.
+
+    Packages may have come and gone since, which would give the same sources another fingerprint; the cached tokens are
+    still the run's own. Raises UserError where they are gone from the cache and cannot be made again the same.
+    """
+    cached = Path(config.cache).expanduser() / str(manifest["fingerprint"])
+    if cached.is_dir() and _damage(cached) is None:
+        corpus = _load(cached, read_corpus(find_corpus(config, base)))
+    else:
+        corpus = prepare(config, base, say)
+    if corpus.manifest["files"] != manifest["files"] or corpus.manifest["shares"] != manifest["shares"]:
+        raise UserError(
+            f"data.corpus: {config.corpus} gives other tokens or shares than the run was trained on, and the cache "
+            f"{cached} no longer holds those; install the versions that the run's corpus.json names"
+        )
+    return corpus
 
 
 def _fingerprint(config: DataConfig, tokenizer_name: str, listings: Sequence[Listing]) -> str:
@@ -173,6 +205,7 @@ def _build(
             counts[domain] = _write_domain(domain, split, tokenizer, target, progress.update)
     manifest = {
         "format": FORMAT,
+        "fingerprint": target.name,
         "python": platform.python_version(),
         "tokenizers": tokenizers.__version__,
         "tokenizer": {"from": tokenizer_name, "size": tokenizer.size, "end_of_text": tokenizer.end_of_text},
