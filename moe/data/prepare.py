@@ -88,7 +88,7 @@ def prepare(config: DataConfig, base: Path, say: Say = lambda line: print(line, 
     found there, and to the working directory otherwise. ``say`` takes one line about each source that is missing and
     each stage of building. Raises UserError, with the place and the remedy, for anything that cannot be used.
     """
-    corpus = read_corpus(_corpus_file(config.corpus, base))
+    corpus = read_corpus(find_corpus(config, base))
     tokenizer_name = tokenizer_identity(config.tokenizer, config.vocab_size, base)
     listings, missing = corpus.find()
     for line in missing:
@@ -113,18 +113,17 @@ def prepare(config: DataConfig, base: Path, say: Say = lambda line: print(line, 
     return _load(folder, corpus)
 
 
-def _corpus_file(name: str, base: Path) -> Path:
-    candidates = [base / Path(name).expanduser(), Path(name).expanduser()]
+def find_corpus(config: DataConfig, base: Path) -> Path:
+    """The corpus file of ``config``: relative to ``base`` where there is one, to the working directory otherwise.
+
+    Raises UserError if there is neither.
+    """
+    name = Path(config.corpus).expanduser()
+    candidates = list(dict.fromkeys([base / name, name]))
     for path in candidates:
         if path.is_file():
             return path
-    raise UserError(f"data.corpus: there is no file {' nor '.join(map(str, dict.fromkeys(candidates)))}")
-
-
-def find_corpus(config: DataConfig, base: Path) -> Path:
-    """The corpus file of ``config``: relative to ``base`` where there is one, to the working directory otherwise."""
-    path = base / Path(config.corpus).expanduser()
-    return path if path.is_file() else Path(config.corpus).expanduser()
+    raise UserError(f"data.corpus: there is no file {' nor '.join(map(str, candidates))}")
 
 
 def reopen(config: DataConfig, manifest: Mapping[str, Any], base: Path, say: Say) -> PreparedCorpus:

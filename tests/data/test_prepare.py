@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -12,7 +13,7 @@ import pytest
 
 from moe.config import DataConfig
 from moe.data.corpus import Document
-from moe.data.prepare import PreparedCorpus, prepare, split_documents
+from moe.data.prepare import PreparedCorpus, prepare, reopen, split_documents
 from moe.data.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 from moe.errors import UserError
 
@@ -195,6 +196,31 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:
     _write_corpus(tmp_path)
     with pytest.raises(UserError, match=r"does not give back .* bits per byte would be wrong"):
         prepare(_config(tmp_path, tokenizer="lossy.json"), tmp_path, lambda line: None)
+
+
+def test_a_run_reopens_its_own_tokens_although_the_sources_have_changed(tmp_path: Path) -> None:
+    first = _prepare(tmp_path)
+    (tmp_path / "prose" / "7.txt").write_text("A document that was edited.")
+    said: list[str] = []
+    again = reopen(_config(tmp_path), first.manifest, tmp_path, said.append)
+    assert (again.folder, said) == (first.folder, [])
+    # Once the cache is gone, the edited sources give other tokens, and the run must not go on with those.
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(UserError, match=r"data\.corpus: corpus\.yaml gives other tokens"):
+        reopen(_config(tmp_path), first.manifest, tmp_path, said.append)
+
+
+def test_a_run_whose_cache_is_gone_gets_the_same_tokens_from_the_same_sources(tmp_path: Path) -> None:
+    first = _prepare(tmp_path)
+    shutil.rmtree(tmp_path / "cache")
+    assert reopen(_config(tmp_path), first.manifest, tmp_path, lambda line: None).manifest == first.manifest
+
+
+def test_a_run_does_not_go_on_with_other_shares(tmp_path: Path) -> None:
+    first = _prepare(tmp_path)
+    (tmp_path / "corpus.yaml").write_text((tmp_path / "corpus.yaml").read_text().replace("share: 3", "share: 1"))
+    with pytest.raises(UserError, match="other tokens or shares"):
+        reopen(_config(tmp_path), first.manifest, tmp_path, lambda line: None)
 
 
 # ------------------------------------------------------------------------------------------------- held-out documents
