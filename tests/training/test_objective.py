@@ -1,0 +1,260 @@
+"""The loss and its parts: what is reported, what is minimised, and that each coefficient enters exactly once."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe.config import AttentionConfig, BalanceConfig, ExpertsConfig, ModelConfig, RouterConfig
+from moe.model.balance import load_balancing_loss, z_loss
+from moe.model.routing import Routing
+from moe.model.transformer import Transformer
+from moe.parallel.world import World
+from moe.training.objective import StepCounts, compose, cross_entropy
+
+N_LAYERS = 3
+
+
+def small_model() -> Transformer:
+    """float64, so that differences of gradients are exact enough to compare."""
+    config = ModelConfig(
+        vocab_size=64,
+        n_layers=N_LAYERS,
+        d_model=32,
+        init_std=0.2,
+        attention=AttentionConfig(n_heads=4, head_dim=8),
+        experts=ExpertsConfig(n_experts=8, d_ff=16),
+        router=RouterConfig(top_k=2),
+    )
+    return Transformer(config).double()
+
+
+def text(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def routing_of(logits: Tensor, top_k: int = 1) -> Routing:
+    scores = logits.softmax(-1)
+    best = scores.detach().topk(top_k)
+    return Routing(logits, scores, best.indices, best.values)
+
+
+def certain(*experts: int, n_experts: int = 4) -> Routing:
+    """One token for each expert named, certain of it; the logits are 0 and -1000."""
+    logits = torch.full((len(experts), n_experts), -1000.0)
+    return routing_of(logits.index_put((torch.arange(len(experts)), torch.tensor(experts)), torch.tensor(0.0)))
+
+
+def router_gradient(model: Transformer, loss: Tensor) -> Tensor:
+    """The gradient of all routers, one vector."""
+    weights = [block.feed_forward.router.weight for block in model.blocks]
+    return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, weights)])
+
+
+# ------------------------------------------------------------------------------------------------------- cross-entropy
+
+
+def test_uniform_logits_cost_the_logarithm_of_the_vocabulary() -> None:
+    losses = cross_entropy(torch.zeros(2, 3, 10), torch.zeros(2, 3, dtype=torch.int64))
+
+    torch.testing.assert_close(losses, torch.full((2, 3), math.log(10)))
+
+
+def test_cross_entropy_on_paper() -> None:
+    """Probabilities 1/4, 3/4: log 4 nats for the first token, log 4/3 for the second, 0 where it is not scored."""
+    logits = torch.tensor([[[0.0, math.log(3)]] * 3])
+    scored = torch.tensor([[True, True, False]])
+
+    losses = cross_entropy(logits, torch.tensor([[0, 1, 1]]), scored)
+
+    assert losses[0].tolist() == pytest.approx([math.log(4), math.log(4 / 3), 0.0])
+
+
+def test_cross_entropy_of_bfloat16_logits_is_float32() -> None:
+    logits = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.zeros(2, 3, dtype=torch.int64)
+
+    losses = cross_entropy(logits, targets)
+
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, -logits.float().log_softmax(-1)[..., 0])
+
+
+def test_the_language_model_loss_is_a_mean_over_scored_tokens() -> None:
+    logits = torch.tensor([[[0.0, math.log(3)]] * 3])
+    targets = torch.tensor([[0, 1, 1]])
+
+    def lm(scored: list[bool] | None) -> float:
+        mask = None if scored is None else torch.tensor([scored])
+        return compose(logits, targets, [], BalanceConfig(), StepCounts(World()), mask).lm.item()
+
+    assert lm(None) == pytest.approx((math.log(4) + 2 * math.log(4 / 3)) / 3)
+    assert lm([True, True, False]) == pytest.approx((math.log(4) + math.log(4 / 3)) / 2)
+    assert lm([False, False, False]) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------- composition
+
+
+def test_the_sum_on_paper() -> None:
+    """Two layers of four experts, one collapsed (reads 4), one balanced (reads 1); the sum of exponentials is 1, so z
+    is 0: total = log 2 + 0.1 · (4 + 1), and the mean over layers, 2.5, is reported."""
+    result = compose(
+        torch.zeros(1, 4, 2),
+        torch.zeros(1, 4, dtype=torch.int64),
+        [certain(2, 2, 2, 2), certain(0, 1, 2, 3)],
+        BalanceConfig(load_balance=0.1, z_loss=0.001),
+        StepCounts(World()),
+    )
+
+    assert result.lm.item() == pytest.approx(math.log(2))
+    assert result.auxiliary["load_balance"].item() == pytest.approx(2.5)
+    assert result.auxiliary["z_loss"].item() == pytest.approx(0.0)
+    assert result.total.item() == pytest.approx(math.log(2) + 0.1 * 5)
+
+
+def test_the_z_losses_of_all_layers_are_added_as_well() -> None:
+    """Uniform logits of 0 over 4 experts: (log 4)² a layer."""
+    uniform = routing_of(torch.zeros(3, 4))
+
+    result = compose(
+        torch.zeros(1, 3, 2),
+        torch.zeros(1, 3, dtype=torch.int64),
+        [uniform, uniform],
+        BalanceConfig(load_balance=0.0, z_loss=0.001),
+        StepCounts(World()),
+    )
+
+    assert result.auxiliary["z_loss"].item() == pytest.approx(math.log(4) ** 2)
+    assert result.total.item() == pytest.approx(math.log(2) + 0.001 * 2 * math.log(4) ** 2)
+
+
+def test_eight_collapsed_layers_read_experts_over_k() -> None:
+    """Each on an expert of its own: pooled over the layers before the product it would read 1."""
+    layers = [certain(*[expert] * 5, n_experts=8) for expert in range(8)]
+
+    result = compose(
+        torch.zeros(1, 5, 2), torch.zeros(1, 5, dtype=torch.int64), layers, BalanceConfig(), StepCounts(World())
+    )
+
+    assert result.auxiliary["load_balance"].item() == pytest.approx(8.0)
+
+
+def test_a_dense_model_has_nothing_but_its_language_model_loss() -> None:
+    result = compose(
+        torch.zeros(1, 4, 2), torch.zeros(1, 4, dtype=torch.int64), [], BalanceConfig(), StepCounts(World())
+    )
+
+    assert result.auxiliary == {}
+    assert result.total is result.lm
+
+
+def test_the_reported_language_model_loss_contains_no_auxiliary_term() -> None:
+    model, tokens = small_model(), text(2, 17)
+    logits, routings = model(tokens[:, :-1])
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    for coefficient in (0.0, 1.0, 100.0):
+        balance = BalanceConfig(load_balance=coefficient, z_loss=coefficient)
+        result = compose(logits, tokens[:, 1:], routings, balance, StepCounts(World()))
+        torch.testing.assert_close(result.lm, plain)
+        torch.testing.assert_close(
+            result.auxiliary["load_balance"], sum(load_balancing_loss(routing) for routing in routings) / N_LAYERS
+        )
+
+
+@pytest.mark.parametrize(("name", "loss"), [("load_balance", load_balancing_loss), ("z_loss", z_loss)])
+@pytest.mark.parametrize("coefficient", [0.001, 0.01, 1.0])
+def test_each_coefficient_enters_the_gradient_exactly_once(name: str, loss: object, coefficient: float) -> None:
+    """Gradient with c minus gradient with 0 = c times the gradient of the loss alone, added up over the layers."""
+    model, tokens = small_model(), text(2, 17)
+
+    def gradient_of_total(c: float) -> Tensor:
+        logits, routings = model(tokens[:, :-1])
+        balance = BalanceConfig(**({"load_balance": 0.0, "z_loss": 0.0} | {name: c}))
+        return router_gradient(model, compose(logits, tokens[:, 1:], routings, balance, StepCounts(World())).total)
+
+    added = gradient_of_total(coefficient) - gradient_of_total(0.0)
+    alone = router_gradient(model, sum(loss(routing) for routing in model(tokens[:, :-1])[1]))
+
+    assert alone.norm() > 1e-3
+    torch.testing.assert_close(added / coefficient, alone, rtol=1e-8, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------------------------ the whole batch
+
+
+def test_counts_add_up_over_micro_batches_and_keep_layers_apart() -> None:
+    counts = StepCounts(World())
+
+    counts.add([certain(0, 0, 1), certain(3, 3, 3)])
+    counts.add([certain(2), certain(3)])
+
+    assert counts.counts.tolist() == [[2, 1, 1, 0], [0, 0, 0, 4]]
+    assert counts.over_ranks().tolist() == [[2, 1, 1, 0], [0, 0, 0, 4]]
+    assert counts.dropped.tolist() == [0, 0]
+
+
+def test_dropped_assignments_add_up_too() -> None:
+    routing = certain(0, 0, 1)
+    dropping = Routing(
+        routing.logits,
+        routing.scores,
+        routing.selected,
+        routing.weights,
+        dropped=torch.tensor([[False], [True], [True]]),
+    )
+    counts = StepCounts(World())
+
+    counts.add([dropping, routing])
+    counts.add([dropping, routing])
+
+    assert counts.dropped.tolist() == [4, 0]
+    assert counts.counts.tolist() == [[4, 2, 0, 0], [4, 2, 0, 0]]
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
+def test_one_micro_batch_is_the_global_batch(scope: str) -> None:
+    model, tokens = small_model(), text(4, 17)
+    logits, routings = model(tokens[:, :-1])
+    balance = BalanceConfig(load_balance=1.0, scope=scope)
+
+    result = compose(logits, tokens[:, 1:], routings, balance, StepCounts(World()))
+
+    expected = sum(load_balancing_loss(routing) for routing in routings)
+    torch.testing.assert_close(result.total - result.lm, expected)
+
+
+@pytest.mark.parametrize(("scope", "second"), [("micro_batch", 4.0), ("global_batch", 2.0)])
+def test_a_later_micro_batch_sees_the_loads_of_the_earlier_ones(scope: str, second: float) -> None:
+    """Two tokens for expert 0, then two for expert 1. The second micro-batch alone is collapsed and reads 4; with the
+    first, f = (1/2, 1/2, 0, 0) while P stays local, (0, 1, 0, 0): 4 · 1/2 = 2."""
+    counts = StepCounts(World())
+    balance = BalanceConfig(scope=scope)
+
+    read = [
+        compose(torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.int64), [routing], balance, counts).auxiliary
+        for routing in (certain(0, 0), certain(1, 1))
+    ]
+
+    assert [part["load_balance"].item() for part in read] == pytest.approx([4.0, second])
+
+
+def test_gradients_of_micro_batches_average() -> None:
+    """Accumulating total / M over M micro-batches gives the mean of their gradients: coefficients do not grow with M.
+    The loss itself depends on the size of a micro-batch, so this is not the gradient of the whole batch."""
+    model, tokens = small_model(), text(4, 17)
+    balance = BalanceConfig(load_balance=0.5, z_loss=0.1)
+
+    def total(rows: Tensor, counts: StepCounts) -> Tensor:
+        logits, routings = model(rows[:, :-1])
+        return compose(logits, rows[:, 1:], routings, balance, counts).total
+
+    step = StepCounts(World())
+    accumulated = sum(router_gradient(model, total(rows, step) / 4) for rows in tokens.split(1))
+    separate = torch.stack([router_gradient(model, total(rows, StepCounts(World()))) for rows in tokens.split(1)])
+    whole = router_gradient(model, total(tokens, StepCounts(World())))
+
+    torch.testing.assert_close(accumulated, separate.mean(0))
+    assert (accumulated - whole).norm() > 1e-3 * whole.norm()
