@@ -1,5 +1,7 @@
 """Causal self-attention with rotary positions and grouped heads."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -43,7 +45,7 @@ class Attention(nn.Module):
         queries, keys, values = (rearrange(t, "b s (h d) -> b h s d", d=self.head_dim) for t in (queries, keys, values))
         if self.qk_norm == "head":
             queries, keys = self.query_norm(queries), self.key_norm(keys)
-        queries, keys = (rotate(t, rotation).to(values.dtype) for t in (queries, keys))
+        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         if cache is not None:
             keys, values = cache.store(self.layer, keys, values)
             keys, values = keys.to(queries.dtype), values.to(queries.dtype)
@@ -68,9 +70,29 @@ def rotation_of(positions: Int[Tensor, "B S"], head_dim: int, theta: float) -> t
 
 def rotate(x: Float[Tensor, "B H S d"], rotation: tuple[Tensor, Tensor]) -> Float[Tensor, "B H S d"]:
     """Turn the pairs (x_i, x_{i + d/2}) by their angle: the half-split layout of GPT-NeoX, Llama and Mixtral."""
-    cos, sin = rotation
+    rotated: Tensor = _Rotate.apply(x, *rotation)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation, whose transpose, and so its backward, is the opposite rotation: half the work of autograd's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """In at least float32, returned in the dtype of ``x``."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    turned = [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)]
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def visible_keys(real: Bool[Tensor, "B L"], n_queries: int) -> Bool[Tensor, "B 1 S L"]:

@@ -49,6 +49,13 @@ class Transformer(nn.Module):
         to, routed or counted, and positions count real tokens only. With ``cache``, ``tokens`` continue what the cache
         holds. Raises ValueError for a sequence longer than ``max_seq``.
         """
+        hidden, routings = self.hidden(tokens, mask, cache)
+        return self.head(hidden), routings
+
+    def hidden(
+        self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None = None, cache: KVCache | None = None
+    ) -> tuple[Float[Tensor, "B S D"], list[Routing]]:
+        """:meth:`forward` without the head: what the head multiplies, for a loss that never holds all logits."""
         positions, visible = self._positions_and_visibility(tokens, mask, cache)
         rotation = rotation_of(positions, self.config.attention.head_dim, self.config.attention.rope_theta)
         x = self.dropout(self.embedding(tokens))
@@ -60,7 +67,7 @@ class Transformer(nn.Module):
                 x, routing = block(x, rotation, visible, mask, cache)
             if routing is not None:
                 routings.append(routing)
-        return self.head(self.norm(x)), routings
+        return self.norm(x), routings
 
     def num_params(self) -> int:
         """All parameters; a tied embedding counts once."""

@@ -13,8 +13,8 @@ from moe.data.batches import validation_batches
 from moe.data.prepare import PreparedCorpus
 from moe.model.routing import LoadSummary, summarise_layers
 from moe.model.transformer import Transformer
+from moe.training.head_loss import token_losses
 from moe.training.machine import autocast
-from moe.training.objective import cross_entropy
 
 ROWS = 32
 
@@ -99,9 +99,9 @@ def validate(
                     return None
                 assert batch.scored is not None
                 with autocast(device, precision):
-                    logits, routings = model(batch.tokens.to(device))
-                losses = cross_entropy(logits, batch.targets.to(device), batch.scored.to(device))
-                nats += losses.double().sum()
+                    hidden, routings = model.hidden(batch.tokens.to(device))
+                    losses = token_losses(hidden, model.head.weight, batch.targets.to(device))
+                nats += losses.double().masked_fill(~batch.scored.to(device), 0.0).sum()
                 tokens += int(batch.scored.sum())
                 if routings:
                     batch_counts = torch.stack([routing.counts() for routing in routings])

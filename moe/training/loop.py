@@ -20,6 +20,7 @@ from moe.training import checkpoint
 from moe.training.checkpoint import Checkpoint
 from moe.training.console import Console
 from moe.training.evaluate import Validation, validate
+from moe.training.head_loss import head_loss
 from moe.training.interrupt import StopSignal
 from moe.training.machine import autocast
 from moe.training.metrics import MetricsLog
@@ -172,9 +173,10 @@ class Training:
             first_row = (micro * self.world.size + self.world.rank) * self.micro_batch
             batch = self.batches.rows(step, first_row, first_row + self.micro_batch)
             with autocast(self.device, self.precision):
-                logits, routings = self.model(batch.tokens.to(self.device, non_blocking=True))
-            targets = batch.targets.to(self.device, non_blocking=True)
-            objective = compose(logits, targets, routings, self.config.model.balance, counts)
+                hidden, routings = self.model.hidden(batch.tokens.to(self.device, non_blocking=True))
+                targets = batch.targets.to(self.device, non_blocking=True)
+                lm = head_loss(hidden, self.model.head.weight, targets)
+            objective = compose(lm, routings, self.config.model.balance, counts)
             torch.autograd.backward(objective.total / settings.accumulation)
             for name, value in {"lm_loss": objective.lm, **objective.auxiliary}.items():
                 parts[name] = parts.get(name, 0) + value.detach() / settings.accumulation

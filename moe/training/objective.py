@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.config import BalanceConfig
@@ -27,17 +26,12 @@ class Objective:
 
 
 def compose(
-    logits: Float[Tensor, "B S V"],
-    targets: Int[Tensor, "B S"],
-    routings: Sequence[Routing],
-    balance: BalanceConfig,
-    step_counts: "StepCounts",
-    scored: Bool[Tensor, "B S"] | None = None,
+    lm: Float[Tensor, ""], routings: Sequence[Routing], balance: BalanceConfig, step_counts: "StepCounts"
 ) -> Objective:
-    """The loss of one micro-batch; ``step_counts`` gathers its loads, and gives the global ones where those count."""
-    lm = cross_entropy(logits, targets, scored).sum() / (
-        targets.numel() if scored is None else scored.sum().clamp(min=1)
-    )
+    """The loss of one micro-batch whose mean cross-entropy is ``lm`` (:func:`~moe.training.head_loss.head_loss`).
+
+    ``step_counts`` gathers its loads, and gives the global ones where those count.
+    """
     if not routings:
         return Objective(lm, {}, lm)
     step_counts.add(routings)
@@ -50,16 +44,6 @@ def compose(
     }
     total = lm + balance.load_balance * sum(losses["load_balance"]) + balance.z_loss * sum(losses["z_loss"])
     return Objective(lm, {name: torch.stack(values).mean() for name, values in losses.items()}, total)
-
-
-def cross_entropy(
-    logits: Float[Tensor, "B S V"], targets: Int[Tensor, "B S"], scored: Bool[Tensor, "B S"] | None = None
-) -> Float[Tensor, "B S"]:
-    """Cross-entropy of each target in nats, in at least float32; 0 where ``scored`` is False."""
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten(), reduction="none"
-    ).view_as(targets)
-    return losses if scored is None else losses.masked_fill(~scored, 0.0)
 
 
 class StepCounts:

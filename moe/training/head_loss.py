@@ -1,0 +1,98 @@
+"""Cross-entropy of a linear head, computed a few rows at a time, so that no tensor of tokens × vocabulary exists.
+
+For a small model the logits are its largest tensor by far: written, normalised and read again they cost more time than
+a layer, and on a GPU most of the memory. Here a block of logits lives in the cache just long enough to give its loss
+and, at once, its gradient: for p = softmax(logits), ∂loss/∂logits = p - onehot(target).
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe.model.experts.weights import compute_dtype
+
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
+"""largest block of float32 logits: what fits a CPU's cache; on a GPU, what keeps it busy"""
+
+
+def head_loss(
+    hidden: Float[Tensor, "B S D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, "B S"],
+    scored: Bool[Tensor, "B S"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy, in nats, of the targets (the ``scored`` ones) under the logits ``hidden`` Wᵀ.
+
+    The products run in the autocast dtype, softmax and sums in at least float32.
+    """
+    counted = torch.ones_like(targets, dtype=torch.bool) if scored is None else scored
+    share = counted / counted.sum().clamp(min=1)
+    loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden.flatten(0, 1), weight, targets.flatten(), share.flatten(), compute_dtype(hidden)
+    )
+    return loss
+
+
+def token_losses(
+    hidden: Float[Tensor, "B S D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "B S"]
+) -> Float[Tensor, "B S"]:
+    """Cross-entropy of each target in nats, without a gradient."""
+    dtype = compute_dtype(hidden)
+    rows, wanted = hidden.detach().flatten(0, 1).to(dtype), targets.flatten()
+    losses = [
+        _block_losses(rows[start:end] @ weight.detach().to(dtype).t(), wanted[start:end])[0]
+        for start, end in _blocks(rows, weight)
+    ]
+    return torch.cat(losses).view_as(targets)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Σ_t share_t · loss_t; its gradients are ready when it is."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, share: Tensor, dtype: torch.dtype) -> Tensor:
+        rows, matrix = hidden.to(dtype), weight.to(dtype)
+        sum_dtype = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
+        grad_rows = torch.empty_like(rows)
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
+        share = share.to(sum_dtype)
+        for start, end in _blocks(rows, weight):
+            losses, log_probabilities = _block_losses(rows[start:end] @ matrix.t(), targets[start:end])
+            total += losses @ share[start:end]
+            gradient = log_probabilities.exp_()
+            gradient.scatter_add_(1, targets[start:end, None], torch.full_like(losses[:, None], -1.0))
+            gradient = gradient.mul_(share[start:end, None]).to(dtype)
+            torch.mm(gradient, matrix, out=grad_rows[start:end])
+            if dtype == sum_dtype:
+                grad_weight.addmm_(gradient.t(), rows[start:end])
+            else:
+                grad_weight += gradient.t() @ rows[start:end]
+        ctx.save_for_backward(grad_rows.to(hidden.dtype), grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        grad_rows, grad_weight = ctx.saved_tensors
+        return (
+            grad_rows * grad_total.to(grad_rows.dtype),
+            grad_weight * grad_total.to(grad_weight.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _block_losses(logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"]) -> tuple[Tensor, Tensor]:
+    """Loss of each row, and log-softmax of the logits, in at least float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_probabilities = logits.log_softmax(dim=-1)
+    return -log_probabilities.gather(1, targets[:, None]).squeeze(1), log_probabilities
+
+
+def _blocks(rows: Float[Tensor, "T D"], weight: Float[Tensor, "V D"]) -> list[tuple[int, int]]:
+    """(start, end) of blocks of rows whose logits fit the block size."""
+    n_rows = max(1, BLOCK_BYTES.get(rows.device.type, 64 << 20) // (4 * weight.shape[0]))
+    return [(start, min(start + n_rows, len(rows))) for start in range(0, len(rows), n_rows)]
