@@ -34,7 +34,7 @@ def require(condition: bool, key: str, reason: str) -> None:
         raise ConfigError(key, reason)
 
 
-def _at_least(section: Any, minimum: float, *keys: str) -> None:
+def _at_least(section: Any, minimum: int | float, *keys: str) -> None:
     for key in keys:
         value = getattr(section, key)
         require(value is None or value >= minimum, key, f"is {value}, and must be at least {minimum:g}")
