@@ -61,7 +61,7 @@ class _HeadLoss(torch.autograd.Function):
         share = share.to(sum_dtype)
         for start, end in _blocks(rows, weight):
             losses, log_probabilities = _block_losses(rows[start:end] @ matrix.t(), targets[start:end])
-            total += losses @ share[start:end]
+            total += (losses * share[start:end]).sum()  # as a product of matrices, autocast would round it to bfloat16
             gradient = log_probabilities.exp_()
             gradient.scatter_add_(1, targets[start:end, None], torch.full_like(losses[:, None], -1.0))
             gradient = gradient.mul_(share[start:end, None]).to(dtype)
