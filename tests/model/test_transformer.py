@@ -24,6 +24,7 @@ from moe.model.moe_layer import MoELayer
 from moe.model.routing import Routing
 from moe.model.transformer import Transformer
 from moe.parallel.world import World
+from moe.training.head_loss import head_loss
 from moe.training.objective import Objective, StepCounts, compose
 
 PLAIN = ModelConfig(
@@ -73,8 +74,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def objective(model: Transformer, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Objective:
     """One micro-batch through the real loss."""
-    logits, routings = model(inputs, mask)
-    return compose(logits, targets, routings, BalanceConfig(load_balance=0.1, z_loss=0.01), StepCounts(World()), mask)
+    hidden, routings = model.hidden(inputs, mask)
+    lm = head_loss(hidden, model.head.weight, targets, mask)
+    return compose(lm, routings, BalanceConfig(load_balance=0.1, z_loss=0.01), StepCounts(World()))
 
 
 # ------------------------------------------------------------------------------------------------- what it must not see
@@ -247,8 +249,9 @@ def test_recomputing_activations_changes_nothing(config: ModelConfig, dropout: f
         counts = StepCounts(World())
         torch.manual_seed(1)
         tokens = text(2, 21)
-        logits, routings = model(tokens[:, :-1])
-        result = compose(logits, tokens[:, 1:], routings, BalanceConfig(load_balance=1.0, z_loss=1.0), counts)
+        hidden, routings = model.hidden(tokens[:, :-1])
+        lm = head_loss(hidden, model.head.weight, tokens[:, 1:])
+        result = compose(lm, routings, BalanceConfig(load_balance=1.0, z_loss=1.0), counts)
         result.total.backward()
         results.append((result.lm, result.auxiliary, gradients(model), counts.counts))
 

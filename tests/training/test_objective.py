@@ -11,7 +11,8 @@ from moe.model.balance import load_balancing_loss, z_loss
 from moe.model.routing import Routing
 from moe.model.transformer import Transformer
 from moe.parallel.world import World
-from moe.training.objective import StepCounts, compose, cross_entropy
+from moe.training.head_loss import head_loss, token_losses
+from moe.training.objective import StepCounts, compose
 
 N_LAYERS = 3
 
@@ -46,6 +47,12 @@ def certain(*experts: int, n_experts: int = 4) -> Routing:
     return routing_of(logits.index_put((torch.arange(len(experts)), torch.tensor(experts)), torch.tensor(0.0)))
 
 
+def lm_and_routings(model: Transformer, tokens: Tensor) -> tuple[Tensor, list[Routing]]:
+    """Mean cross-entropy of each next token, and the routing on the way to it."""
+    hidden, routings = model.hidden(tokens[:, :-1])
+    return head_loss(hidden, model.head.weight, tokens[:, 1:]), routings
+
+
 def router_gradient(model: Transformer, loss: Tensor) -> Tensor:
     """The gradient of all routers, one vector."""
     weights = [block.feed_forward.router.weight for block in model.blocks]
@@ -56,38 +63,41 @@ def router_gradient(model: Transformer, loss: Tensor) -> Tensor:
 
 
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary() -> None:
-    losses = cross_entropy(torch.zeros(2, 3, 10), torch.zeros(2, 3, dtype=torch.int64))
+    losses = token_losses(torch.zeros(2, 3, 4), torch.zeros(10, 4), torch.zeros(2, 3, dtype=torch.int64))
 
     torch.testing.assert_close(losses, torch.full((2, 3), math.log(10)))
 
 
+QUARTERS = torch.tensor([[0.0], [math.log(3)]])
+"""a head that makes of the hidden state 1 the logits 0 and log 3: probabilities 1/4 and 3/4"""
+
+
 def test_cross_entropy_on_paper() -> None:
-    """Probabilities 1/4, 3/4: log 4 nats for the first token, log 4/3 for the second, 0 where it is not scored."""
-    logits = torch.tensor([[[0.0, math.log(3)]] * 3])
-    scored = torch.tensor([[True, True, False]])
+    """log 4 nats for token 0, log 4/3 for token 1."""
+    losses = token_losses(torch.ones(1, 3, 1), QUARTERS, torch.tensor([[0, 1, 1]]))
 
-    losses = cross_entropy(logits, torch.tensor([[0, 1, 1]]), scored)
-
-    assert losses[0].tolist() == pytest.approx([math.log(4), math.log(4 / 3), 0.0])
+    assert losses[0].tolist() == pytest.approx([math.log(4), math.log(4 / 3), math.log(4 / 3)])
 
 
 def test_cross_entropy_of_bfloat16_logits_is_float32() -> None:
-    logits = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0)).bfloat16()
+    hidden = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    head = torch.randn(10, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
     targets = torch.zeros(2, 3, dtype=torch.int64)
 
-    losses = cross_entropy(logits, targets)
+    losses = token_losses(hidden, head, targets)
 
     assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, -logits.float().log_softmax(-1)[..., 0])
+    torch.testing.assert_close(losses, -(hidden @ head.t()).float().log_softmax(-1)[..., 0])
 
 
 def test_the_language_model_loss_is_a_mean_over_scored_tokens() -> None:
-    logits = torch.tensor([[[0.0, math.log(3)]] * 3])
     targets = torch.tensor([[0, 1, 1]])
 
     def lm(scored: list[bool] | None) -> float:
         mask = None if scored is None else torch.tensor([scored])
-        return compose(logits, targets, [], BalanceConfig(), StepCounts(World()), mask).lm.item()
+        return compose(
+            head_loss(torch.ones(1, 3, 1), QUARTERS, targets, mask), [], BalanceConfig(), StepCounts(World())
+        ).lm.item()
 
     assert lm(None) == pytest.approx((math.log(4) + 2 * math.log(4 / 3)) / 3)
     assert lm([True, True, False]) == pytest.approx((math.log(4) + math.log(4 / 3)) / 2)
@@ -101,8 +111,7 @@ def test_the_sum_on_paper() -> None:
     """Two layers of four experts, one collapsed (reads 4), one balanced (reads 1); the sum of exponentials is 1, so z
     is 0: total = log 2 + 0.1 · (4 + 1), and the mean over layers, 2.5, is reported."""
     result = compose(
-        torch.zeros(1, 4, 2),
-        torch.zeros(1, 4, dtype=torch.int64),
+        torch.tensor(math.log(2)),
         [certain(2, 2, 2, 2), certain(0, 1, 2, 3)],
         BalanceConfig(load_balance=0.1, z_loss=0.001),
         StepCounts(World()),
@@ -119,8 +128,7 @@ def test_the_z_losses_of_all_layers_are_added_as_well() -> None:
     uniform = routing_of(torch.zeros(3, 4))
 
     result = compose(
-        torch.zeros(1, 3, 2),
-        torch.zeros(1, 3, dtype=torch.int64),
+        torch.tensor(math.log(2)),
         [uniform, uniform],
         BalanceConfig(load_balance=0.0, z_loss=0.001),
         StepCounts(World()),
@@ -134,30 +142,28 @@ def test_eight_collapsed_layers_read_experts_over_k() -> None:
     """Each on an expert of its own: pooled over the layers before the product it would read 1."""
     layers = [certain(*[expert] * 5, n_experts=8) for expert in range(8)]
 
-    result = compose(
-        torch.zeros(1, 5, 2), torch.zeros(1, 5, dtype=torch.int64), layers, BalanceConfig(), StepCounts(World())
-    )
+    result = compose(torch.tensor(0.0), layers, BalanceConfig(), StepCounts(World()))
 
     assert result.auxiliary["load_balance"].item() == pytest.approx(8.0)
 
 
 def test_a_dense_model_has_nothing_but_its_language_model_loss() -> None:
-    result = compose(
-        torch.zeros(1, 4, 2), torch.zeros(1, 4, dtype=torch.int64), [], BalanceConfig(), StepCounts(World())
-    )
+    lm = torch.tensor(2.5)
+
+    result = compose(lm, [], BalanceConfig(), StepCounts(World()))
 
     assert result.auxiliary == {}
-    assert result.total is result.lm
+    assert result.total is result.lm is lm
 
 
 def test_the_reported_language_model_loss_contains_no_auxiliary_term() -> None:
     model, tokens = small_model(), text(2, 17)
-    logits, routings = model(tokens[:, :-1])
-    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    plain = torch.nn.functional.cross_entropy(model(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
 
     for coefficient in (0.0, 1.0, 100.0):
         balance = BalanceConfig(load_balance=coefficient, z_loss=coefficient)
-        result = compose(logits, tokens[:, 1:], routings, balance, StepCounts(World()))
+        lm, routings = lm_and_routings(model, tokens)
+        result = compose(lm, routings, balance, StepCounts(World()))
         torch.testing.assert_close(result.lm, plain)
         torch.testing.assert_close(
             result.auxiliary["load_balance"], sum(load_balancing_loss(routing) for routing in routings) / N_LAYERS
@@ -171,9 +177,9 @@ def test_each_coefficient_enters_the_gradient_exactly_once(name: str, loss: obje
     model, tokens = small_model(), text(2, 17)
 
     def gradient_of_total(c: float) -> Tensor:
-        logits, routings = model(tokens[:, :-1])
+        lm, routings = lm_and_routings(model, tokens)
         balance = BalanceConfig(**({"load_balance": 0.0, "z_loss": 0.0} | {name: c}))
-        return router_gradient(model, compose(logits, tokens[:, 1:], routings, balance, StepCounts(World())).total)
+        return router_gradient(model, compose(lm, routings, balance, StepCounts(World())).total)
 
     added = gradient_of_total(coefficient) - gradient_of_total(0.0)
     alone = router_gradient(model, sum(loss(routing) for routing in model(tokens[:, :-1])[1]))
@@ -217,10 +223,10 @@ def test_dropped_assignments_add_up_too() -> None:
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
 def test_one_micro_batch_is_the_global_batch(scope: str) -> None:
     model, tokens = small_model(), text(4, 17)
-    logits, routings = model(tokens[:, :-1])
+    lm, routings = lm_and_routings(model, tokens)
     balance = BalanceConfig(load_balance=1.0, scope=scope)
 
-    result = compose(logits, tokens[:, 1:], routings, balance, StepCounts(World()))
+    result = compose(lm, routings, balance, StepCounts(World()))
 
     expected = sum(load_balancing_loss(routing) for routing in routings)
     torch.testing.assert_close(result.total - result.lm, expected)
@@ -234,8 +240,7 @@ def test_a_later_micro_batch_sees_the_loads_of_the_earlier_ones(scope: str, seco
     balance = BalanceConfig(scope=scope)
 
     read = [
-        compose(torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.int64), [routing], balance, counts).auxiliary
-        for routing in (certain(0, 0), certain(1, 1))
+        compose(torch.tensor(0.0), [routing], balance, counts).auxiliary for routing in (certain(0, 0), certain(1, 1))
     ]
 
     assert [part["load_balance"].item() for part in read] == pytest.approx([4.0, second])
@@ -248,8 +253,7 @@ def test_gradients_of_micro_batches_average() -> None:
     balance = BalanceConfig(load_balance=0.5, z_loss=0.1)
 
     def total(rows: Tensor, counts: StepCounts) -> Tensor:
-        logits, routings = model(rows[:, :-1])
-        return compose(logits, rows[:, 1:], routings, balance, counts).total
+        return compose(*lm_and_routings(model, rows), balance, counts).total
 
     step = StepCounts(World())
     accumulated = sum(router_gradient(model, total(rows, step) / 4) for rows in tokens.split(1))
