@@ -151,6 +151,21 @@ def test_rotation_keeps_lengths() -> None:
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
 
 
+def test_the_gradient_of_a_rotation_agrees_with_finite_differences() -> None:
+    """Its backward is written by hand; positions differ by row, as they do with padding."""
+    rotation = rotation_of(torch.tensor([[0, 1, 2], [0, 0, 7]]), 6, THETA)
+
+    assert torch.autograd.gradcheck(lambda x: rotate(x, rotation), draw(2, 2, 3, 6).requires_grad_())
+
+
+def test_a_rotation_in_bfloat16_is_rounded_once() -> None:
+    """Computed in float32 and returned in the dtype that came in."""
+    x = draw(2, 2, 5, 6).bfloat16()
+    rotation = rotation_of(torch.arange(5)[None], 6, THETA)
+
+    assert torch.equal(rotate(x, rotation), rotate(x.float(), rotation).bfloat16())
+
+
 def test_visible_keys_on_paper() -> None:
     """Row 0 is padded on the left, row 1 on the right. Padding sees at least itself, so that no row is empty."""
     real = torch.tensor([[False, True, True], [True, True, False]])

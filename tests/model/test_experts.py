@@ -457,6 +457,22 @@ def test_autocast_computes_in_bfloat16_and_returns_what_came_in(backend: str) ->
         torch.testing.assert_close(parameter.grad, other.grad, rtol=0, atol=0.02 * other.grad.abs().max().item())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_combine_is_float32_under_autocast(backend: str) -> None:
+    """Experts that put out their bias, whole numbers, which bfloat16 holds: what is left is the weighted sum."""
+    experts, routing = make_experts(backend), make_routing("normal")
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.zero_()
+        experts.b_out.copy_(torch.arange(16.0).expand(N_EXPERTS, 16))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = experts(make_input(45, 16, torch.float32), routing)
+
+    expected = routing.weights.sum(1, keepdim=True) * torch.arange(16.0)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=0)
+
+
 # -------------------------------------------------------------------------------------------------------- torch.compile
 
 

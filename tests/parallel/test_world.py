@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe.config import AttentionConfig, BalanceConfig, ExpertsConfig, ModelConfig, OptimizerConfig, RouterConfig
 from moe.model.transformer import Transformer
 from moe.parallel.world import World, join_world, leave_world
+from moe.training.head_loss import head_loss
 from moe.training.objective import StepCounts, compose
 from moe.training.optimizer import build_optimizer
 
@@ -146,9 +147,10 @@ def three_steps(world: World, scope: str, backend: str) -> dict[str, Any]:
     for step in range(3):
         rows = batch_of(step).chunk(world.size)[world.rank]
         counts = StepCounts(world)
-        logits, routings = model(rows[:, :-1])
+        hidden, routings = model.hidden(rows[:, :-1])
+        lm = head_loss(hidden, model.head.weight, rows[:, 1:])
         balance = BalanceConfig(load_balance=0.1, z_loss=0.01, scope=scope)
-        compose(logits, rows[:, 1:], routings, balance, counts).total.backward()
+        compose(lm, routings, balance, counts).total.backward()
         world.average_gradients(model)
         if step == 0:
             first_gradient = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
