@@ -28,7 +28,7 @@ def head_loss(
     The products run in the autocast dtype, softmax and sums in at least float32.
     """
     counted = torch.ones_like(targets, dtype=torch.bool) if scored is None else scored
-    share = counted / counted.sum().clamp(min=1)
+    share = counted.to(torch.promote_types(hidden.dtype, torch.float32)) / counted.sum().clamp(min=1)
     loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden.flatten(0, 1), weight, targets.flatten(), share.flatten(), compute_dtype(hidden)
     )
