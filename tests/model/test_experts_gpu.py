@@ -50,7 +50,7 @@ def output_and_gradients(backend: object, x: Tensor, routing: Routing, weights: 
     return {"y": y.detach()} | dict(zip(leaves, gradients, strict=True))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("case", ["normal", "one_empty", "two_used", "one_token"])
