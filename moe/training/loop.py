@@ -145,7 +145,7 @@ class Training:
                         if stop or finished or self.progress.step % settings.checkpoint_every == 0:
                             self.save()
                     if finished:
-                        return self.validation is not None
+                        return not self._validation_is_due()
                     if stop:
                         return False
                     started = time.perf_counter()
@@ -224,7 +224,7 @@ class Training:
         step, settings = self.progress.step, self.config.training
         if step >= settings.steps:
             # Also where a finished run is resumed: it has its numbers in the log, and not here.
-            return self.validation is None
+            return self.validation is None or self.progress.validated_step < step
         return step > 0 and step % settings.evaluate_every == 0 and self.progress.validated_step < step
 
     def _validate(self, log: MetricsLog | None, signal: StopSignal) -> None:
