@@ -39,7 +39,7 @@ training:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration file; three quarters of the tokens are prose, and the lists are soon read again."""
+    """The configuration file; three quarters of the tokens are lists, which are read again within twelve steps."""
     folder = tmp_path_factory.mktemp("tiny")
     source = random.Random(0)
     for domain, documents, separator in (("prose", 60, " "), ("lists", 12, "\n")):
@@ -48,8 +48,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text = separator.join(source.choices(WORDS, k=source.randint(15, 40)))
             (folder / domain / f"{number}.txt").write_text(text, encoding="utf-8")
     (folder / "corpus.yaml").write_text(
-        "- {domain: prose, kind: files, include: prose/*.txt, share: 3}\n"
-        "- {domain: lists, kind: files, include: lists/*.txt, share: 1}\n"
+        "- {domain: prose, kind: files, include: prose/*.txt, share: 1}\n"
+        "- {domain: lists, kind: files, include: lists/*.txt, share: 3}\n"
     )
     path = folder / "tiny.yaml"
     path.write_text(SETTINGS.format(folder=folder))

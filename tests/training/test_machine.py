@@ -13,9 +13,7 @@ CPU = torch.device("cpu")
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
-    with pytest.raises(
-        UserError, match=r"training.device is cuda, and torch finds no CUDA device here"
-    ):
+    with pytest.raises(UserError, match=r"training.device is cuda, and torch finds no CUDA device here"):
         choose_device("cuda")
     assert choose_device("auto") == choose_device("cpu") == CPU
 
