@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,11 @@ from tqdm import tqdm
 
 from moe.config import DataConfig
 from moe.data.corpus import Corpus, Document, Listing, read_corpus
+from moe.data.overlap import repeated_shares
 from moe.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_identity, train_bpe
 from moe.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same settings would give other files."""
 
 BPE_SAMPLE_BYTES = 2_000_000
@@ -34,6 +36,9 @@ BPE_SAMPLE_BYTES = 2_000_000
 
 ENCODED_AT_ONCE = 2_000_000
 """Bytes of text handed to the tokenizer together: enough for all cores, little enough to show progress."""
+
+MOST_REPEATED = 0.2
+"""Share of a held-out document that other documents may have too."""
 
 TokenStream = npt.NDArray[np.unsignedinteger[Any]]
 Say = Callable[[str], None]
@@ -184,8 +189,9 @@ def _build(
 ) -> None:
     """Write the whole folder ``target``, the manifest last."""
     by_domain, sources, duplicates = _read(listings, say)
+    repeats = _repeats(by_domain.values())
     splits = {
-        domain: split_documents(domain, documents, config.validation_bytes, config.max_bytes)
+        domain: split_documents(domain, documents, config.validation_bytes, config.max_bytes, repeats)
         for domain, documents in by_domain.items()
     }
     if not splits:
@@ -253,21 +259,38 @@ def _read(listings: Sequence[Listing], say: Say) -> tuple[dict[str, list[Documen
     return by_domain, sources, duplicates
 
 
-def split_documents(domain: str, documents: Sequence[Document], validation_bytes: int, max_bytes: int | None) -> Split:
+def _repeats(domains: Iterable[Sequence[Document]]) -> dict[str, float]:
+    """For each document, by name, the share of it that other documents have too."""
+    documents = [document for domain in domains for document in domain]
+    shares = repeated_shares([document.text for document in documents])
+    return {document.name: share for document, share in zip(documents, shares, strict=True)}
+
+
+def split_documents(
+    domain: str,
+    documents: Sequence[Document],
+    validation_bytes: int,
+    max_bytes: int | None,
+    repeats: Mapping[str, float] = MappingProxyType({}),
+) -> Split:
     """Whole documents for validation until there are ``validation_bytes``, the others for training up to ``max_bytes``.
 
-    Documents are taken in the order of a hash of their names, so each keeps its place when others are added. No more
-    than a tenth of the domain is held out, nor more than twice ``validation_bytes``: a document that would exceed that
-    is passed over. If all would, the tenth alone counts; and where every document is longer than it (one long text,
-    say), the end of the first is held out, cut at a line. Likewise the start of the first is trained on where every
-    document is longer than ``max_bytes``.
+    Documents are taken in the order of a hash of their names, so each keeps its place when others are added. One of
+    which more than a fifth stands in other documents (``repeats``, by name) is left to training, where its like are. No
+    more than a tenth of the domain is held out, nor more than twice ``validation_bytes``: a document that would exceed
+    that is passed over. If all would, the tenth alone counts; and where every document is longer than it (one long
+    text, say), the end of the first is held out, cut at a line. Likewise the start of the first is trained on where
+    every document is longer than ``max_bytes``.
     Raises UserError for a text too short to be divided.
     """
     shuffled = sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
     tenth = sum(map(_size, shuffled)) // 10
-    validation, rest = _take(shuffled, until=validation_bytes, at_most=min(tenth, 2 * validation_bytes))
+    own = [document for document in shuffled if repeats.get(document.name, 0.0) <= MOST_REPEATED]
+    validation, _ = _take(own, until=validation_bytes, at_most=min(tenth, 2 * validation_bytes))
     if not validation:
-        validation, rest = _take(shuffled, until=1, at_most=tenth)
+        validation, _ = _take(own, until=1, at_most=tenth)
+    held_out = {document.name for document in validation}
+    rest = [document for document in shuffled if document.name not in held_out]
     if not validation:
         start, end = _cut(rest[0], _size(rest[0]) - min(validation_bytes, tenth), later=True)
         validation, rest = [end], [start, *rest[1:]]

@@ -19,8 +19,8 @@ class Sampling:
     """keep the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2020, eq. 3)"""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}, and must be 0 (greedy) or more")
+        if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
+            raise ValueError(f"temperature is {self.temperature}, and must be 0 (greedy) or from 0.001 to 1000")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}, and must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:

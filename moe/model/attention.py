@@ -41,10 +41,10 @@ class Attention(nn.Module):
         """Attend to the tokens before; ``visible`` says which of L keys a query may see, None: plainly causal."""
         queries, keys, values = self.query(x), self.key(x), self.value(x)
         if self.qk_norm == "full":
-            queries, keys = self.query_norm(queries), self.key_norm(keys)
+            queries, keys = _normalise(self.query_norm, queries), _normalise(self.key_norm, keys)
         queries, keys, values = (rearrange(t, "b s (h d) -> b h s d", d=self.head_dim) for t in (queries, keys, values))
         if self.qk_norm == "head":
-            queries, keys = self.query_norm(queries), self.key_norm(keys)
+            queries, keys = _normalise(self.query_norm, queries), _normalise(self.key_norm, keys)
         queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         if cache is not None:
             keys, values = cache.store(self.layer, keys, values)
@@ -59,6 +59,12 @@ class Attention(nn.Module):
         )
         output: Tensor = self.output(rearrange(heads, "b h s d -> b s (h d)"))
         return output
+
+
+def _normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """The norm in at least float32, whatever autocast made of ``x``."""
+    normed: Tensor = norm(x.to(torch.promote_types(x.dtype, torch.float32)))
+    return normed.to(x.dtype)
 
 
 def rotation_of(positions: Int[Tensor, "B S"], head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -98,7 +104,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def visible_keys(real: Bool[Tensor, "B L"], n_queries: int) -> Bool[Tensor, "B 1 S L"]:
     """Which of L keys the last S = ``n_queries`` tokens may attend to: real ones, not after the query.
 
-    A padding query sees itself alone: a row that saw nothing would be NaN.
+    A query always sees itself, padding too: a row that saw nothing would be NaN.
     """
     length = real.shape[1]
     query = torch.arange(length - n_queries, length, device=real.device)[:, None]

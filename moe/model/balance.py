@@ -28,9 +28,9 @@ def load_balancing_loss(routing: Routing, counts: Int[Tensor, " E"] | None = Non
     top-k the uniform load is not the minimum of this form.
     """
     counts = routing.counts() if counts is None else counts
-    load = counts / counts.sum().clamp(min=1)
     mean_score = _sum_over_tokens(routing.scores, routing) / routing.real_tokens().clamp(min=1)
-    return routing.n_experts * (load.to(mean_score.dtype) * mean_score).sum()
+    load = counts.to(mean_score.dtype) / counts.sum().clamp(min=1)
+    return routing.n_experts * (load * mean_score).sum()
 
 
 def z_loss(routing: Routing) -> Float[Tensor, ""]:

@@ -1,5 +1,6 @@
 """A routing decision is a value: what the router decided for every token, and what can be derived from it."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -100,9 +101,7 @@ def summarise_load(counts: Int[Tensor, " E"], dropped: int = 0) -> LoadSummary:
         return LoadSummary(0.0, 0.0, n_experts, 0.0, 0.0)
     over_fair = counts.double() * n_experts / total
     load = counts.double() / total
-    entropy = (
-        -(torch.special.xlogy(load, load)).sum() / torch.log(torch.tensor(float(n_experts))) if n_experts > 1 else 1.0
-    )
+    entropy = -(torch.special.xlogy(load, load)).sum() / math.log(n_experts) if n_experts > 1 else 1.0
     return LoadSummary(
         max_over_fair=float(over_fair.max()),
         min_over_fair=float(over_fair.min()),

@@ -61,7 +61,7 @@ class Transformer(nn.Module):
         x = self.dropout(self.embedding(tokens))
         routings = []
         for block in self.blocks:
-            if self.activation_checkpointing and self.training:
+            if self.activation_checkpointing and self.training and cache is None:
                 x, routing = checkpoint(block, x, rotation, visible, mask, use_reentrant=False)
             else:
                 x, routing = block(x, rotation, visible, mask, cache)

@@ -19,7 +19,7 @@ def test_the_corpora_of_the_project_are_sound() -> None:
     default, languages = (read_corpus(folder / name) for name in ("default.yaml", "languages.yaml"))
     domains = list(dict.fromkeys(source.domain for source in default.sources))
     assert domains == ["python", "cpp", "docs", "speech", "legal", "dialogue"]
-    assert default.shares(domains)["python"] == Fraction(1, 4)
+    assert default.shares(domains)["python"] == Fraction(22, 100)
     assert len({source.domain for source in languages.sources}) == 26
 
 

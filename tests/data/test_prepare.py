@@ -247,6 +247,14 @@ def test_a_long_document_is_passed_over_rather_than_holding_out_far_too_much() -
         assert sum(len(document.text) for document in split.validation) <= 600
 
 
+def test_a_text_that_others_repeat_is_never_held_out() -> None:
+    documents = [Document(f"d{i}", "x" * 100) for i in range(100)]
+    repeats = {document.name: 0.21 for document in documents[:90]}
+    split = split_documents("d", documents, 10**9, None, repeats)
+    assert {document.name for document in split.validation} == {f"d{i}" for i in range(90, 100)}
+    assert len(split.train) == 90
+
+
 def test_what_is_held_out_stays_so_when_documents_are_added() -> None:
     documents = [Document(f"{n}", "x" * 99 + "\n") for n in range(400)]
     order = [d.name for d in split_documents("d", documents, 4000, None).train]

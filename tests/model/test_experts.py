@@ -151,7 +151,7 @@ def test_segments_take_any_shape(dtype: torch.dtype, d_model: int, d_ff: int) ->
     assert_same(output_and_gradients(segment_experts, x, routing, weights), expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("backend", ["reference", "segments"])
+@pytest.mark.parametrize("backend", ["reference", "grouped", "segments"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_no_tokens_at_all(backend: str, bias: bool) -> None:
     """An empty output, and gradients of zero for every weight."""

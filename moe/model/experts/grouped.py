@@ -8,10 +8,9 @@ What grouped_mm needs, and how it is met here:
 - rows beyond the last offset are left uninitialised, forward and backward: rows of padding and dropped assignments
   are sorted to the end and replaced by zeros on the way in and on the way out;
 - it is unknown to autocast: inputs and weights are cast here;
-- its backward refuses an expanded gradient, as ``out.sum().backward()`` sends: :class:`_ContiguousGradient`.
+- its backward refuses an expanded gradient, as ``out.sum().backward()`` would send: what follows each product here (an
+  indexing, an activation) hands back a gradient of its own.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +76,7 @@ def sort_by_expert(
 
 def combine(output: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "T D"]:
     """Σ_k weight_tk · output_{t·K+k}, in the dtype of the weights (float32); no atomics, so deterministic."""
-    per_choice = output.view(routing.n_tokens, routing.top_k, -1).to(routing.weights.dtype)
+    per_choice = output.view(routing.n_tokens, routing.top_k, output.shape[-1]).to(routing.weights.dtype)
     return (per_choice * routing.weights[..., None]).sum(dim=1)
 
 
@@ -89,17 +88,4 @@ def _grouped_linear(
     expert_of_row: Int[Tensor, " N"],
 ) -> Float[Tensor, "N O"]:
     product: Tensor = F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
-    product = _ContiguousGradient.apply(product)  # type: ignore[no-untyped-call]
     return product if bias is None else product + bias.to(product.dtype)[expert_of_row]
-
-
-class _ContiguousGradient(torch.autograd.Function):
-    """The identity, whose backward makes the gradient contiguous."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
