@@ -1,0 +1,212 @@
+"""``python -m moe``: text from the folder of a run, and one line for every mistake."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe.cli import main
+from moe.training.command import main as train
+
+Command = Callable[..., tuple[int, str, str]]
+
+CONFIGURATION = """\
+model:
+  n_layers: 2
+  d_model: 32
+  max_seq: 64
+  attention: {n_heads: 2, head_dim: 16}
+  experts: {n_experts: 4, d_ff: 16}
+data: {corpus: corpus.yaml, cache: CACHE, vocab_size: 300, sequence_length: 16, validation_bytes: 100}
+training: {steps: 20, batch_size: 4, device: cpu, precision: fp32, checkpoint_every: 10, optimizer: {lr: 0.01}}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twenty steps over counted sheep, with two checkpoints."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "sheep").mkdir()
+    for flock in range(30):
+        text = " ".join(f"sheep {number} jumps" for number in range(flock, flock + 12))
+        (folder / "sheep" / f"{flock}.txt").write_text(text)
+    (folder / "corpus.yaml").write_text("- {domain: sheep, kind: files, include: sheep/*.txt}\n")
+    (folder / "tiny.yaml").write_text(CONFIGURATION.replace("CACHE", str(folder / "cache")))
+    assert train([str(folder / "tiny.yaml"), "--run.folder", str(folder), "--run.name", "run"], folder) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of that run, to be broken."""
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command in this process: exit status, output, errors."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def generate(command: Command, run: Path, *arguments: object) -> str:
+    """What the model writes, greedily unless told otherwise."""
+    status, output, errors = command("generate", run, "--temperature", 0, "--tokens", 12, *arguments)
+    assert (status, errors) == (0, "")
+    return output
+
+
+# ------------------------------------------------------------------------------------------------------------- generate
+
+
+def test_greedy_text_begins_with_the_prompt_and_repeats_itself(command: Command, trained: Path) -> None:
+    written = generate(command, trained, "--prompt", "sheep 3")
+
+    assert written.startswith("sheep 3")
+    assert len(written) > len("sheep 3\n")
+    assert generate(command, trained, "--prompt", "sheep 3") == written
+    assert generate(command, trained, "--prompt", "sheep 3", "--seed", 5) == written
+
+
+def test_prompts_of_different_length_are_continued_as_each_alone(command: Command, trained: Path) -> None:
+    prompts = ["sheep 3", "sheep 10 jumps sheep 11 jumps", "s"]
+
+    together = generate(command, trained, "--prompt", "|".join(prompts))
+
+    alone = [generate(command, trained, "--prompt", prompt) for prompt in prompts]
+    assert together == f"{'-' * 40}\n".join(alone)
+
+
+def test_an_empty_prompt_begins_a_text(command: Command, trained: Path) -> None:
+    assert len(generate(command, trained, "--prompt", "")) > 1
+
+
+def test_draws_follow_the_seed(command: Command, trained: Path) -> None:
+    def draw(seed: int) -> str:
+        flags = ("--tokens", 20, "--temperature", 5, "--top-p", 1, "--seed", seed)
+        return command("generate", trained, "--prompt", "sheep", *flags)[1]
+
+    assert draw(1).startswith("sheep")
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_one_candidate_is_greedy(command: Command, trained: Path) -> None:
+    arguments = ("generate", trained, "--prompt", "sheep", "--tokens", 12, "--temperature", 2, "--top-k", 1)
+
+    assert command(*arguments)[1] == generate(command, trained, "--prompt", "sheep")
+
+
+def test_no_new_tokens_are_none(command: Command, trained: Path) -> None:
+    assert command("generate", trained, "--prompt", "sheep", "--tokens", 0) == (0, "sheep\n", "")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(command: Command, run: Path) -> None:
+    damaged = run / "checkpoints" / "step-00000020" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+
+    output = generate(command, run, "--prompt", "sheep")
+
+    assert f"{damaged}: 100 bytes, and should be" in output
+    assert "\nsheep" in output
+
+
+def test_it_is_a_module(trained: Path, tmp_path: Path) -> None:
+    """From any working directory, with nothing but the folder."""
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    arguments = ["generate", str(trained), "--prompt", "sheep 3", "--temperature", "0", "--tokens", "3"]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "moe", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("sheep 3")
+
+
+# ------------------------------------------------------------------------------------------------------ help, mistakes
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=str)
+def test_help_names_the_commands(command: Command, arguments: list[str]) -> None:
+    assert command(*arguments) == (0, "python -m moe COMMAND [--help]; commands: generate\n", "")
+
+
+def test_help_of_generate_lists_its_flags(command: Command) -> None:
+    status, output, errors = command("generate", "--help")
+
+    assert (status, errors) == (0, "")
+    assert all(flag in output for flag in ("--prompt", "--tokens", "--temperature", "--top-k", "--top-p", "--seed"))
+
+
+P = ["--prompt", "sheep"]
+MISTAKES = {
+    "no such command": (["genrate"], "genrate is no command; there are: generate"),
+    "no run": (["generate", *P], "one run folder is needed, and 0 were given"),
+    "two runs": (["generate", "RUN", "RUN", *P], "one run folder is needed, and 2 were given"),
+    "no such run": (["generate", "nowhere", *P], "nowhere: is no run folder: it has no config.yaml"),
+    "no prompt": (["generate", "RUN"], "--prompt is missing"),
+    "a setting": (["generate", "RUN", *P, "--training.steps", "3"], "--training.steps belongs to training"),
+    "unknown flag": (["generate", "RUN", *P, "--tokns", "3"], "--tokns is unknown; did you mean --tokens?"),
+    "no number": (["generate", "RUN", *P, "--tokens", "many"], "--tokens is 'many', and must be a number"),
+    "no whole number": (["generate", "RUN", *P, "--top-k", "1.5"], "--top-k is '1.5', and must be a number"),
+    "cold": (["generate", "RUN", *P, "--temperature", "-1"], "temperature is -1.0, and must be 0 (greedy) or "),
+    "no candidate": (["generate", "RUN", *P, "--top-k", "0"], "top_k is 0, and must be at least 1"),
+    "no nucleus": (["generate", "RUN", *P, "--top-p", "1.5"], "top_p is 1.5, and must lie in (0, 1]"),
+    "device": (["generate", "RUN", *P, "--device", "tpu"], "--device is tpu, and must be auto, cpu or cuda"),
+    "too long": (["generate", "RUN", "--prompt", "sheep " * 99], "a prompt of "),
+    "too many": (["generate", "RUN", *P, "--tokens", "64"], "a prompt of "),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(
+    command: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    status, output, errors = command(*[str(trained) if argument == "RUN" else argument for argument in arguments])
+
+    assert (status, output) == (2, "")
+    assert errors.startswith(message)
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "tokenizer.json"])
+@pytest.mark.parametrize("text", ["", "{", "\0[["])
+def test_a_damaged_file_is_named(command: Command, run: Path, name: str, text: str) -> None:
+    (run / name).write_text(text)
+
+    status, output, errors = command("generate", run, "--prompt", "sheep")
+
+    assert (status, output) == (2, "")
+    assert errors.startswith(f"{run / name}:")
+    assert errors.count("\n") == 1
+
+
+def test_a_missing_tokenizer_is_named(command: Command, run: Path) -> None:
+    (run / "tokenizer.json").unlink()
+
+    status, _, errors = command("generate", run, "--prompt", "sheep")
+
+    assert (status, errors.count("\n")) == (2, 1)
+    assert errors.startswith(f"{run / 'tokenizer.json'}:")
+
+
+def test_a_run_without_a_sound_checkpoint(command: Command, run: Path) -> None:
+    for path in (run / "checkpoints").iterdir():
+        (path / "manifest.json").unlink()
+
+    status, output, errors = command("generate", run, "--prompt", "sheep")
+
+    assert (status, output.count("manifest.json: missing")) == (2, 2)
+    assert errors == f"{run / 'checkpoints'}: every checkpoint here (2) is damaged; start the run from the beginning\n"

@@ -1,0 +1,332 @@
+"""The command: a whole run from flags to report, and every mistake as a line on the screen."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe.training import checkpoint
+from moe.training.command import MAY_CHANGE, main
+from moe.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(tiny: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command in this process: exit status, output, errors. The default configuration is the tiny one."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments], tiny)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of six steps with two checkpoints, for tests to copy and break."""
+    folder = tmp_path_factory.mktemp("finished")
+    flags = ["--run.folder", folder, "--run.name", "run", "--training.steps", "6", "--training.checkpoint_every", "3"]
+    assert main([str(tiny), *map(str, flags)], tiny) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def only_line(status: int, output: str, errors: str) -> str:
+    """The one line of a refusal."""
+    assert status == 2
+    assert output == ""
+    assert errors.count("\n") == 1
+    return errors.rstrip("\n")
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_leaves_a_folder_with_everything_in_it(command: Command, tmp_path: Path) -> None:
+    status, output, errors = command("--run.folder", tmp_path, "--run.name", "first", "--training.steps", 4)
+
+    assert (status, errors) == (0, "")
+    folder = tmp_path / "first"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "corpus.json",
+        "metrics.jsonl",
+        "report.txt",
+        "summary.json",
+        "tokenizer.json",
+    ]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000004"]
+    assert [(row["kind"], row["step"]) for row in read_metrics(folder / "metrics.jsonl")] == [
+        *[("train", step) for step in (1, 2, 3, 4)],
+        ("validation", 4),
+    ]
+    assert output.endswith(f"\nrun folder: {folder}\n")
+    assert "step 4/4  loss " in output
+    assert (folder / "report.txt").read_bytes().decode() in output + "\n"
+    assert json.loads((folder / "summary.json").read_text())["progress"]["step"] == 4
+
+
+def test_the_configuration_that_is_written_is_the_resolved_one(command: Command, tiny: Path, tmp_path: Path) -> None:
+    """So that resuming does not ask the machine, the working directory or the tokenizer again."""
+    flags = ("--training.precision", "auto", "--training.steps", 1, "--training.evaluate_every", 100)
+    assert command(tiny, "--run.folder", tmp_path, "--run.name", "x", *flags)[0] == 0
+
+    written = (tmp_path / "x" / "config.yaml").read_text()
+    assert "vocab_size: 320\n" in written
+    assert f"corpus: {tiny.parent / 'corpus.yaml'}\n" in written
+    assert "precision: fp32\n" in written or "precision: bf16\n" in written
+
+
+def test_the_dense_twin_is_one_flag_away(command: Command, tmp_path: Path) -> None:
+    status, output, _ = command(
+        "--run.folder", tmp_path, "--run.name", "x", "--training.steps", 1, "--model.dense_twin", "true"
+    )
+
+    assert status == 0
+    assert "load of the experts" not in output
+
+
+def test_resuming_a_finished_run_for_longer(command: Command, run: Path) -> None:
+    status, output, errors = command("--resume", run, "--training.steps", 8)
+
+    assert (status, errors) == (0, "")
+    assert f"resuming {run} after step 6\n" in output
+    steps = [row["step"] for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert "steps: 8\n" in (run / "config.yaml").read_text()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(command: Command, run: Path) -> None:
+    damaged = run / "checkpoints" / "step-00000006" / "model.safetensors"
+    flipped = bytearray(damaged.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    damaged.write_bytes(flipped)
+    before = [row["lm_loss"] for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
+
+    status, output, _ = command("--resume", run)
+
+    assert status == 0
+    assert f"{damaged}: damaged" in output
+    assert f"resuming {run} after step 3\n" in output
+    assert [row["lm_loss"] for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"] == before
+    assert checkpoint.newest(run / "checkpoints", pytest.fail).step == 6
+
+
+def test_another_number_of_threads_is_said(command: Command, run: Path) -> None:
+    torch.set_num_threads(2)
+    try:
+        _, output, _ = command("--resume", run)
+    finally:
+        torch.set_num_threads(1)
+
+    assert "numbers may differ in the last digits from an unbroken run: threads 1 then, 2 now\n" in output
+
+
+# ------------------------------------------------------------------------------------------------------- in a process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_saves_and_says_how_to_go_on_and_that_works(
+    command: Command, tiny: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    steps = 100_000
+    flags = ["--run.folder", tmp_path, "--run.name", "x", "--training.steps", steps, "--training.evaluate_every", steps]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), str(tiny), *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    for line in process.stdout:
+        if line.startswith("step      3/"):
+            break
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=30)
+
+    assert (process.returncode, errors) == (130, "")
+    assert output.endswith(f"saved; go on with: python train.py --resume {tmp_path / 'x'}\n")
+    saved = checkpoint.newest(tmp_path / "x" / "checkpoints", pytest.fail).step
+    assert saved >= 3
+    assert read_metrics(tmp_path / "x" / "metrics.jsonl")[-1]["step"] == saved
+    assert command("--resume", tmp_path / "x", "--training.steps", saved + 2)[0] == 0
+    assert checkpoint.newest(tmp_path / "x" / "checkpoints", pytest.fail).step == saved + 2
+
+
+def test_a_mistake_is_one_line_and_status_2_for_the_shell_too(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--training.stepz", "3"], capture_output=True, text=True, cwd=tmp_path
+    )
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "--training.stepz is unknown; did you mean --training.steps?\n"
+
+
+def test_ctrl_c_before_training_is_no_traceback(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe.training.command.prepare", interrupted)
+
+    status, _, errors = command("--run.folder", tmp_path, "--run.name", "x")
+
+    assert (status, errors) == (130, "\nstopped before the first step; nothing is lost\n")
+    assert not (tmp_path / "x").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_every_setting(command: Command, flag: str) -> None:
+    status, output, errors = command(flag)
+
+    assert (status, errors) == (0, "")
+    assert "--training.steps=1000" in output
+    assert "--resume RUN" in output
+
+
+MISTAKES = {
+    "unknown flag": (["--modle.d_model", "64"], "--modle.d_model is unknown; did you mean --model.d_model"),
+    "bad value": (["--training.steps", "many"], '--training.steps must be a whole number, not "many"'),
+    "wrong choice": (["--training.device", "gpu"], "--training.device must be auto, cpu or cuda"),
+    "out of range": (["--training.steps", "0"], "--training.steps is 0, and must be at least 1"),
+    "conflict": (
+        ["--training.accumulation", "3"],
+        "--training.accumulation is 3, which does not divide batch_size = 8",
+    ),
+    "no such file": (["none.yaml"], "none.yaml: there is no such file"),
+    "two files": (["a.yaml", "b.yaml"], "one configuration at a time, and 2 were given: ['a.yaml', 'b.yaml']"),
+    "no such run": (["--resume", "none"], "none: is no run folder: it has no config.yaml"),
+    "resume and a file": (
+        ["--resume", "x", "a.yaml"],
+        "--resume takes its configuration from the run; leave out a.yaml",
+    ),
+    "resume what": (["--resume"], "--resume needs a value"),
+    "no such corpus": (["--data.corpus", "none.yaml"], "data.corpus: there is no file "),
+    "small vocabulary": (["--model.vocab_size", "257"], "model.vocab_size: is 257, but the tokenizer has 300 ids"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert only_line(*command(*arguments)).startswith(message)
+
+
+def test_a_key_in_the_file_is_refused_with_its_line(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("training:\n  steps: 3\n  stepz: 4\n")
+
+    assert only_line(*command(path)) == f"{path}:3: training.stepz is unknown; did you mean training.steps?"
+
+
+def test_too_little_text_is_said_once_it_is_counted(command: Command, tmp_path: Path) -> None:
+    flags = ("--data.sequence_length", 128, "--data.max_bytes", 300)
+
+    status, output, errors = command("--run.folder", tmp_path, *flags)
+
+    assert (status, errors.count("\n")) == (2, 1)
+    assert output.splitlines()[-1] == "encoding 2 domains"
+    assert errors.startswith("domain prose: ")
+    assert "shorten the sequences, or give it more text" in errors
+
+
+def test_several_mistakes_are_a_line_each(command: Command) -> None:
+    status, _, errors = command("--training.steps", "many", "--model.norm", "batch")
+
+    assert status == 2
+    assert [line.split()[0] for line in errors.splitlines()] == ["--training.steps", "--model.norm"]
+
+
+def test_a_gpu_that_is_not_there(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    line = only_line(*command("--training.device", "cuda", "--run.folder", tmp_path))
+
+    assert line == "training.device is cuda, and torch finds no CUDA device here; use cpu or auto"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_exists_is_not_overwritten(command: Command, run: Path) -> None:
+    before = contents(run)
+
+    line = only_line(*command("--run.folder", run.parent, "--run.name", run.name))
+
+    assert line == f"{run}: exists; choose another --run.name, or continue it with --resume {run}"
+    assert contents(run) == before
+
+
+# ------------------------------------------------------------------------------------------------- mistakes in resuming
+
+
+@pytest.mark.parametrize("flag", ["model.d_model", "training.seed", "training.batch_size", "data.corpus", "run.name"])
+def test_what_would_make_it_another_run_may_not_change(command: Command, run: Path, flag: str) -> None:
+    before = contents(run)
+
+    line = only_line(*command("--resume", run, f"--{flag}", "1"))
+
+    assert line.startswith(f"--{flag} would make it another run; with --resume only these may change: ")
+    assert "training.steps" in MAY_CHANGE and "training.steps" in line
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "corpus.json", "metrics.jsonl"])
+def test_a_file_of_the_run_that_is_damaged_is_named_and_nothing_is_lost(command: Command, run: Path, name: str) -> None:
+    """Cut in the middle of what it was, with noise after it."""
+    whole = (run / name).read_bytes()
+    (run / name).write_bytes(whole[: len(whole) // 2] + b"\0\xff{{[\n" + b'"\n')
+    before = contents(run)
+
+    status, _, errors = command("--resume", run)
+
+    assert status == 2
+    assert errors.count("\n") == 1
+    assert errors.startswith(f"{run / name}:")
+    assert contents(run) == before
+
+
+def test_every_checkpoint_damaged(command: Command, run: Path) -> None:
+    for path in (run / "checkpoints").iterdir():
+        (path / "state.json").write_text("{}")
+
+    status, output, errors = command("--resume", run)
+
+    assert status == 2
+    assert errors == f"{run / 'checkpoints'}: every checkpoint here (2) is damaged; start the run from the beginning\n"
+    assert output.count("looking for an earlier checkpoint") == 2
+
+
+def test_no_checkpoint_yet(command: Command, run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+    assert only_line(*command("--resume", run)).endswith(
+        "checkpoints: no checkpoint here; start the run from the beginning"
+    )
