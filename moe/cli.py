@@ -10,6 +10,7 @@ from moe.config import ConfigError
 from moe.errors import UserError
 from moe.inference.generate import generate
 from moe.inference.sampling import Sampling
+from moe.training.console import printable
 from moe.training.machine import choose_device
 from moe.training.run_folder import RunFolder
 
@@ -17,7 +18,7 @@ Number = TypeVar("Number", int, float)
 
 GENERATE_FLAGS = {
     "--prompt TEXT": "text to continue; several prompts separated by | are continued in one batch",
-    "--tokens N": "new tokens per prompt (default 128)",
+    "--tokens N": "new tokens per prompt (default 128, or what max_seq leaves)",
     "--temperature X": "0 is greedy (default 0.8)",
     "--top-k N": "keep the N most likely tokens (default: all)",
     "--top-p X": "keep the most likely tokens that together reach probability X (default 0.95)",
@@ -57,11 +58,12 @@ def generate_command(arguments: Sequence[str]) -> None:
     model = run.load_model().to(choose_device(device))  # type: ignore[arg-type]
     prompts = options["--prompt"].split("|")
     ids = [[tokenizer.end_of_text, *tokenizer.encode(prompt)] for prompt in prompts]
+    room = model.config.max_seq - max(map(len, ids))
     try:
         written = generate(
             model,
             ids,
-            _number(options, "--tokens", int, 128),
+            _number(options, "--tokens", int, min(128, max(1, room))),
             sampling,
             seed=_number(options, "--seed", int, 0),
             stop=tokenizer.end_of_text,
@@ -71,7 +73,7 @@ def generate_command(arguments: Sequence[str]) -> None:
     for number, (prompt, new) in enumerate(zip(prompts, written, strict=True)):
         if number:
             print("-" * 40)
-        print(prompt + tokenizer.decode(new))
+        print(prompt + printable(tokenizer.decode(new)))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"generate": generate_command}

@@ -1,6 +1,7 @@
 """The command behind ``train.py``: from flags to a finished run folder, every mistake one line and exit status 2."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str], default_config: Path) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped before the first step; nothing is lost", file=sys.stderr)
+        print("\nstopped before the first step", file=sys.stderr)
         return 130
     finally:
         leave_world()
@@ -80,7 +81,13 @@ def _start(config: Config, path: Path) -> int:
             training=replace(config.training, precision=precision),
         )
         run_folder = RunFolder.create(config, path.stem, corpus, world)
-        return _train(Training(config, corpus, run_folder, device, world, console), console)
+        training = None
+        try:
+            training = Training(config, corpus, run_folder, device, world, console)
+            return _train(training, console)
+        finally:
+            if world.is_first and (training is None or training.progress.step == 0):
+                run_folder.discard()
 
 
 def _resume(path: Path, overrides: Mapping[str, str]) -> int:
@@ -96,8 +103,6 @@ def _resume(path: Path, overrides: Mapping[str, str]) -> int:
         newest = checkpoint.newest(run_folder.checkpoints_path, console.say)
         for difference in newest.environment_differences():
             console.say(f"numbers may differ in the last digits from an unbroken run: {difference}")
-        if overrides and world.is_first:
-            run_folder.write_config(config)
         console.say(f"resuming {path} after step {newest.step}")
         return _train(Training(config, corpus, run_folder, device, world, console, newest), console)
 
@@ -105,15 +110,26 @@ def _resume(path: Path, overrides: Mapping[str, str]) -> int:
 def _train(training: Training, console: Console) -> int:
     """Run to the end and report, or say how to go on."""
     run_folder = training.run_folder
-    finished = training.run()
+    try:
+        finished = training.run()
+    except KeyboardInterrupt:  # a second one, which does not wait for the step to end
+        finished = False
     if not finished:
-        console.say(f"saved; go on with: python train.py --resume {run_folder.path}")
+        if training.saved_step > 0:
+            console.say(f"saved after step {training.saved_step}; go on with: {resume_command(run_folder)}")
+        else:
+            console.say("stopped before anything was saved")
         return 130
     if training.world.is_first:
         console.say("")
         console.say(write_report(training))
         console.say(f"\nrun folder: {run_folder.path}")
     return 0
+
+
+def resume_command(run_folder: RunFolder) -> str:
+    """What to type to go on with a run."""
+    return f"python train.py --resume {shlex.quote(str(run_folder.path))}"
 
 
 def _console(config: Config, world: World) -> Console:

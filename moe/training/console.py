@@ -189,6 +189,13 @@ def duration(seconds: float) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
+def printable(text: str) -> str:
+    """``text`` with every control character but line breaks and tabs spelled out: a model may write any byte."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else repr(character)[1:-1] for character in text
+    )
+
+
 def can_show_blocks(stream: TextIO) -> bool:
     """Whether the encoding of ``stream`` has the characters of a load picture."""
     try:

@@ -133,6 +133,8 @@ class Training:
         if self.world.is_first:
             path, reached = self.run_folder.metrics_path, self.progress.step
             log = MetricsLog(path, resume_step=reached, tensorboard=settings.tensorboard)
+            # Only now that nothing can be refused any more: a resumed run may have new settings.
+            self.run_folder.write_config(self.config)
         try:
             with StopSignal() as signal:
                 self.console.start()
@@ -142,7 +144,9 @@ class Training:
                             self._validate(log, signal)
                         stop = self._on_any_rank(signal.received is not None)
                         finished = self.progress.step >= settings.steps
-                        if stop or finished or self.progress.step % settings.checkpoint_every == 0:
+                        # Weights that give no finite loss are kept from replacing a checkpoint that may be better.
+                        due = self.progress.step % settings.checkpoint_every == 0 and not self.progress.skipped_in_a_row
+                        if stop or finished or due:
                             self.save()
                     if finished:
                         return not self._validation_is_due()
@@ -197,8 +201,8 @@ class Training:
         )
 
     def save(self) -> None:
-        """Write the checkpoint of this step, unless it is there or the latest steps were not finite."""
-        if self.progress.step == self.saved_step or self.progress.step == 0 or self.progress.skipped_in_a_row:
+        """Write the checkpoint of this step, unless it is there; before the first step there is nothing to save."""
+        if self.progress.step in (0, self.saved_step):
             return
         if self.world.is_first:
             checkpoint.save(

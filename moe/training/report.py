@@ -9,7 +9,7 @@ from dataclasses import asdict
 from moe.data.compression import CompressionBaseline, compression_baselines
 from moe.inference.generate import generate
 from moe.inference.sampling import Sampling
-from moe.training.console import DomainResult, domain_table, duration, load_table
+from moe.training.console import DomainResult, domain_table, duration, load_table, printable
 from moe.training.evaluate import Score, Validation
 from moe.training.loop import Training
 
@@ -90,7 +90,7 @@ def _samples(training: Training) -> list[dict[str, str]]:
     written = generate(training.model, prompts, SAMPLE_TOKENS, SAMPLING, stop=corpus.tokenizer.end_of_text)
     decode = corpus.tokenizer.decode
     return [
-        {"domain": name, "prompt": decode(prompt[1:]), "continuation": decode(new)}
+        {"domain": name, "prompt": printable(decode(prompt[1:])), "continuation": printable(decode(new))}
         for name, prompt, new in zip(chosen, prompts, written, strict=True)
     ]
 

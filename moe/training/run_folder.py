@@ -4,7 +4,9 @@
 of the corpus), ``metrics.jsonl``, ``checkpoints/``, and at the end ``summary.json`` and ``report.txt``.
 """
 
+import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -76,6 +78,10 @@ class RunFolder:
             raise UserError(f"{path}: is no run folder: it has no config.yaml")
         return run
 
+    def discard(self) -> None:
+        """Remove the folder of a run that never began, so that its name is free again."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def write_config(self, config: Config) -> None:
         """Write every setting as it is used."""
         self.config_path.write_text(config_file.dump(config), encoding="utf-8")
@@ -95,9 +101,18 @@ class RunFolder:
         """
         try:
             manifest: dict[str, Any] = json.loads(self.corpus_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.corpus_path}: cannot be read: {error}") from error
-        return reopen(config, manifest, self.path, say)
+            expected = manifest["files"][self.tokenizer_path.name]["sha256"]
+            missing = {"fingerprint", "shares"} - manifest.keys()
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{self.corpus_path}: is not the manifest of a corpus: {error!r}") from error
+        if missing:
+            raise UserError(f"{self.corpus_path}: is not the manifest of a corpus: it has no {sorted(missing)[0]}")
+        corpus = reopen(config, manifest, self.path, say)
+        saved = self.tokenizer_path
+        if not saved.is_file() or hashlib.sha256(saved.read_bytes()).hexdigest() != expected:
+            say(f"{saved}: is damaged or missing, and is written again")
+            corpus.tokenizer.save(saved)
+        return corpus
 
     def load_model(self) -> Transformer:
         """The model at the newest checkpoint whose digests are right, in evaluation mode."""

@@ -112,6 +112,8 @@ def test_what_a_row_draws_does_not_depend_on_the_other_rows() -> None:
     ("settings", "message"),
     [
         ({"temperature": -0.1}, "temperature is -0.1, and must be 0"),
+        ({"temperature": float("nan")}, "temperature is nan, and must be 0"),
+        ({"temperature": 1e-39}, "temperature is 1e-39, and must be 0"),
         ({"top_k": 0}, "top_k is 0, and must be at least 1"),
         ({"top_p": 0.0}, "top_p is 0.0, and must"),
         ({"top_p": 1.5}, "top_p is 1.5, and must"),

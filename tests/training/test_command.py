@@ -167,8 +167,8 @@ def test_a_signal_saves_and_says_how_to_go_on_and_that_works(
     output, errors = process.communicate(timeout=30)
 
     assert (process.returncode, errors) == (130, "")
-    assert output.endswith(f"saved; go on with: python train.py --resume {tmp_path / 'x'}\n")
     saved = checkpoint.newest(tmp_path / "x" / "checkpoints", pytest.fail).step
+    assert output.endswith(f"saved after step {saved}; go on with: python train.py --resume {tmp_path / 'x'}\n")
     assert saved >= 3
     assert read_metrics(tmp_path / "x" / "metrics.jsonl")[-1]["step"] == saved
     assert command("--resume", tmp_path / "x", "--training.steps", saved + 2)[0] == 0
@@ -194,7 +194,7 @@ def test_ctrl_c_before_training_is_no_traceback(
 
     status, _, errors = command("--run.folder", tmp_path, "--run.name", "x")
 
-    assert (status, errors) == (130, "\nstopped before the first step; nothing is lost\n")
+    assert (status, errors) == (130, "\nstopped before the first step\n")
     assert not (tmp_path / "x").exists()
 
 
@@ -296,6 +296,45 @@ def test_what_would_make_it_another_run_may_not_change(command: Command, run: Pa
     assert line.startswith(f"--{flag} would make it another run; with --resume only these may change: ")
     assert "training.steps" in MAY_CHANGE and "training.steps" in line
     assert contents(run) == before
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"files": {"tokenizer.json": {"sha256": "0"}}}'])
+def test_a_manifest_that_is_none_is_named(command: Command, run: Path, content: str) -> None:
+    (run / "corpus.json").write_text(content)
+
+    line = only_line(*command("--resume", run))
+
+    assert line.startswith(f"{run / 'corpus.json'}: is not the manifest of a corpus: ")
+
+
+def test_a_damaged_tokenizer_is_written_again(command: Command, run: Path) -> None:
+    whole = (run / "tokenizer.json").read_bytes()
+    (run / "tokenizer.json").write_bytes(whole[:100])
+
+    status, output, _ = command("--resume", run)
+
+    assert status == 0
+    assert f"{run / 'tokenizer.json'}: is damaged or missing, and is written again\n" in output
+    assert (run / "tokenizer.json").read_bytes() == whole
+
+
+def test_a_refused_resume_does_not_change_the_settings(command: Command, run: Path) -> None:
+    with (run / "metrics.jsonl").open("r+") as file:
+        file.write("{{{")
+    before = contents(run)
+
+    assert command("--resume", run, "--training.steps", 50)[0] == 2
+    assert contents(run) == before
+
+
+def test_a_refused_start_leaves_the_name_free(command: Command, tmp_path: Path) -> None:
+    """No domain has a block of 100,000 tokens, which is known only once there is a run folder."""
+    flags = ["--run.folder", tmp_path, "--run.name", "x", "--model.max_seq", 200_000]
+
+    line = only_line(*command(*flags, "--data.sequence_length", 100_000))
+
+    assert "are less than one block" in line
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "corpus.json", "metrics.jsonl"])

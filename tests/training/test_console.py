@@ -18,6 +18,7 @@ from moe.training.console import (
     load_picture,
     load_rows,
     load_table,
+    printable,
 )
 
 
@@ -371,3 +372,7 @@ def test_the_table_of_256_experts_stays_within_100_columns() -> None:
     table = load_table([0], [summarise_load(counts[0])], counts)
     assert max(map(len, table.splitlines())) <= 100
     assert "sorted, 32 of 256" in table
+
+
+def test_what_a_model_writes_cannot_disturb_the_terminal() -> None:
+    assert printable("a\x1b[2J b\r\n\tc é \x00") == "a\\x1b[2J b\\r\n\tc é \\x00"

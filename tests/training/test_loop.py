@@ -243,6 +243,16 @@ def test_ten_bad_steps_in_a_row_end_the_run_and_keep_a_good_checkpoint(begin: Be
     assert rows(resumed, "train") == rows(straight, "train")
 
 
+def test_a_run_whose_last_step_is_bad_is_saved_with_the_weights_it_had(begin: Begin) -> None:
+    training = begin()
+    poison_gradient(training, [12])
+
+    assert training.run()
+
+    saved = checkpoint.newest(training.run_folder.checkpoints_path, print)
+    assert (saved.step, saved.progress["skipped_in_a_row"]) == (12, 1)
+
+
 def test_bad_from_the_first_step_there_is_no_checkpoint_to_name(begin: Begin) -> None:
     training = begin()
     poison_gradient(training, range(1, 13))
