@@ -103,7 +103,9 @@ class RunFolder:
             manifest: dict[str, Any] = json.loads(self.corpus_path.read_text(encoding="utf-8"))
             expected = manifest["files"][self.tokenizer_path.name]["sha256"]
             missing = {"fingerprint", "shares"} - manifest.keys()
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.corpus_path}: cannot be read: {error}") from error
+        except (LookupError, TypeError) as error:
             raise UserError(f"{self.corpus_path}: is not the manifest of a corpus: {error!r}") from error
         if missing:
             raise UserError(f"{self.corpus_path}: is not the manifest of a corpus: it has no {sorted(missing)[0]}")
