@@ -4,6 +4,7 @@ Every back-end has one signature, ``(x, routing, weights) -> y``. ``reference`` 
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,13 @@ from moe.model.routing import Routing
 
 __all__ = ["ExpertWeights", "Experts", "grouped_experts", "reference_experts", "segment_experts"]
 
-_BACKENDS = {"reference": reference_experts, "grouped": grouped_experts, "segments": segment_experts}
+Backend = Callable[[Tensor, Routing, ExpertWeights], Tensor]
+_BACKENDS: dict[str, Backend] = {
+    "reference": reference_experts,
+    "grouped": grouped_experts,
+    # Segments read their lengths on the host, which torch.compile cannot trace: it compiles around them.
+    "segments": torch.compiler.disable(segment_experts),  # type: ignore[no-untyped-call]
+}
 _UNSUPPORTED = {"grouped": grouped.unsupported, "segments": segments.unsupported}
 
 
@@ -46,14 +53,21 @@ class Experts(nn.Module):
 def choose_backend(wanted: ExpertBackend, x: Tensor, weights: ExpertWeights) -> ExpertBackend:
     """The back-end to use on ``x``: the one wanted if it fits, else the reference loop, with a warning that says why.
 
-    ``auto`` takes ``segments`` on a CPU and ``grouped`` elsewhere, and falls back without being asked twice.
+    ``auto`` takes ``segments`` on a CPU and ``grouped`` elsewhere.
     """
     backend: ExpertBackend = wanted
     if wanted == "auto":
-        backend = "segments" if x.device.type == "cpu" and not torch.compiler.is_compiling() else "grouped"
+        backend = "segments" if x.device.type == "cpu" else "grouped"
     reason = _UNSUPPORTED[backend](x, weights) if backend in _UNSUPPORTED else None
     if reason is None:
         return backend
-    if not torch.compiler.is_compiling():
-        warnings.warn(f"experts fall back from {backend} to the reference loop: {reason}", stacklevel=2)
+    _announce(f"experts fall back from {backend} to the reference loop: {reason}")
     return "reference"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+# Nor can it trace a warning.
+_announce = torch.compiler.disable(_warn)  # type: ignore[no-untyped-call]

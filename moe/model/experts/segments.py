@@ -48,8 +48,6 @@ def unsupported(x: Tensor, weights: ExpertWeights) -> str | None:
     """Why segments cannot be used on this input, or None where they can."""
     if x.device.type != "cpu":
         return f"segments are for the CPU, and the input is on {x.device.type}"
-    if torch.compiler.is_compiling():
-        return "segments read their lengths on the host, which torch.compile cannot trace"
     return None
 
 
