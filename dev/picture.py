@@ -49,7 +49,7 @@ def draw(domains: list[str], over_fair: torch.Tensor) -> str:
         'font-family="Helvetica, Arial, sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         '<text x="16" y="26" font-size="16" font-weight="bold" fill="#1a202c">'
-        "Which of the 16 experts each kind of text goes to</text>",
+        f"Which of the {n_experts} experts each kind of text goes to</text>",
         f'<text x="16" y="44" fill="#4a5568">toy run, held-out text; every expert gets {1 / n_experts:.2%} of all '
         "assignments where nothing is specialised</text>",
     ]
