@@ -67,14 +67,14 @@ def _normalise(norm: nn.Module, x: Tensor) -> Tensor:
     return normed.to(x.dtype)
 
 
-def rotation_of(positions: Int[Tensor, "B S"], head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotation_of(positions: Int[Tensor, "#B S"], head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine, float32 [B, 1, S, head_dim / 2], of position · theta^(-2i / head_dim) (Su et al. 2021)."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None, :, None].float() * theta**-exponents
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Float[Tensor, "B H S d"], rotation: tuple[Tensor, Tensor]) -> Float[Tensor, "B H S d"]:
+def rotate(x: Float[Tensor, "*B S d"], rotation: tuple[Tensor, Tensor]) -> Float[Tensor, "*B S d"]:
     """Turn the pairs (x_i, x_{i + d/2}) by their angle: the half-split layout of GPT-NeoX, Llama and Mixtral."""
     rotated: Tensor = _Rotate.apply(x, *rotation)  # type: ignore[no-untyped-call]
     return rotated

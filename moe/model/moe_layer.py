@@ -44,7 +44,7 @@ class SharedExperts(nn.Module):
         self.mlp = FeedForward(config.feed_forward, config.d_model, config.shared_width)
         self.gate = nn.Linear(config.d_model, 1, bias=False) if config.shared.gated else None
 
-    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
         """Map each token on its own."""
         y: Tensor = self.mlp(x)
         return y if self.gate is None else torch.sigmoid(self.gate(x)) * y

@@ -86,7 +86,7 @@ class Transformer(nn.Module):
 
     def _positions_and_visibility(
         self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None, cache: KVCache | None
-    ) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B 1 S L"] | None]:
+    ) -> tuple[Int[Tensor, "#B S"], Bool[Tensor, "B 1 S L"] | None]:
         length = tokens.shape[1] + (cache.length if cache is not None else 0)
         if length > self.config.max_seq:
             raise ValueError(f"a sequence of {length} tokens is longer than model.max_seq = {self.config.max_seq}")

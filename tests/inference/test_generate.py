@@ -10,7 +10,7 @@ from moe.inference.generate import generate
 from moe.inference.sampling import Sampling
 from moe.model.transformer import Transformer
 
-GREEDY = Sampling(temperature=0)
+GREEDY = Sampling(temperature=0.0)
 PROMPTS = [[5, 9, 11], [7], [1, 2, 3, 4, 5, 6, 7, 8], [63, 0]]
 
 

@@ -30,7 +30,7 @@ def test_greedy_takes_the_most_likely_and_draws_nothing() -> None:
     generators = seeded(0, 1)
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 1.9]])
 
-    assert sample(logits, Sampling(temperature=0), generators).tolist() == [1, 0]
+    assert sample(logits, Sampling(temperature=0.0), generators).tolist() == [1, 0]
     assert torch.equal(generators[0].get_state(), torch.Generator().manual_seed(0).get_state())
 
 

@@ -90,13 +90,13 @@ def test_a_decision_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("counts", "summary"),
     [
-        ([5, 5, 5, 5], LoadSummary(max_over_fair=1, min_over_fair=1, dead=0, entropy=1, dropped=0)),
-        ([0, 0, 8, 0], LoadSummary(max_over_fair=4, min_over_fair=0, dead=3, entropy=0, dropped=0)),
-        ([6, 0, 0, 6], LoadSummary(max_over_fair=2, min_over_fair=0, dead=2, entropy=log(2) / log(4), dropped=0)),
+        ([5, 5, 5, 5], LoadSummary(max_over_fair=1.0, min_over_fair=1.0, dead=0, entropy=1.0, dropped=0.0)),
+        ([0, 0, 8, 0], LoadSummary(max_over_fair=4.0, min_over_fair=0.0, dead=3, entropy=0.0, dropped=0.0)),
+        ([6, 0, 0, 6], LoadSummary(max_over_fair=2.0, min_over_fair=0.0, dead=2, entropy=log(2) / log(4), dropped=0.0)),
         # Loads 1/2, 1/4, 1/8, 1/8: (1/2 log 2 + 1/4 log 4 + 2/8 log 8) / log 4 = 1.75 / 2.
-        ([8, 4, 2, 2], LoadSummary(max_over_fair=2, min_over_fair=0.5, dead=0, entropy=0.875, dropped=0)),
-        ([0, 0, 0, 0], LoadSummary(max_over_fair=0, min_over_fair=0, dead=4, entropy=0, dropped=0)),
-        ([7], LoadSummary(max_over_fair=1, min_over_fair=1, dead=0, entropy=1, dropped=0)),
+        ([8, 4, 2, 2], LoadSummary(max_over_fair=2.0, min_over_fair=0.5, dead=0, entropy=0.875, dropped=0.0)),
+        ([0, 0, 0, 0], LoadSummary(max_over_fair=0.0, min_over_fair=0.0, dead=4, entropy=0.0, dropped=0.0)),
+        ([7], LoadSummary(max_over_fair=1.0, min_over_fair=1.0, dead=0, entropy=1.0, dropped=0.0)),
     ],
     ids=["uniform", "one-hot", "half-dead", "skewed", "empty", "one-expert"],
 )
