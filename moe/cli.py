@@ -10,14 +10,15 @@ from moe.config import ConfigError
 from moe.errors import UserError
 from moe.inference.generate import generate
 from moe.inference.sampling import Sampling
-from moe.training.console import printable
+from moe.training.console import printable, showable
 from moe.training.machine import choose_device
 from moe.training.run_folder import RunFolder
 
 Number = TypeVar("Number", int, float)
 
 GENERATE_FLAGS = {
-    "--prompt TEXT": "text to continue; several prompts separated by | are continued in one batch",
+    "--prompt TEXT": "text to continue",
+    "--prompts FILE": "texts to continue in one batch, one a line",
     "--tokens N": "new tokens per prompt (default 128, or what max_seq leaves)",
     "--temperature X": "0 is greedy (default 0.8)",
     "--top-k N": "keep the N most likely tokens (default: all)",
@@ -30,7 +31,7 @@ GENERATE_FLAGS = {
 
 def generate_command(arguments: Sequence[str]) -> None:
     """``python -m moe generate RUN --prompt TEXT``: continue a text with the model of a run."""
-    usage = "python -m moe generate RUN --prompt TEXT [--tokens N] [--temperature X] [--top-k N] [--top-p X] [--seed N]"
+    usage = "python -m moe generate RUN --prompt TEXT | --prompts FILE [--tokens N] [--temperature X] ..."
     line = config_file.parse_flags(arguments, GENERATE_FLAGS)
     options = line.options
     if "--help" in options:
@@ -40,8 +41,13 @@ def generate_command(arguments: Sequence[str]) -> None:
         raise UserError(f"--{next(iter(line.overrides))} belongs to training: a run's settings are in its folder")
     if len(line.positional) != 1:
         raise UserError(f"one run folder is needed, and {len(line.positional)} were given: {usage}")
-    if "--prompt" not in options:
-        raise UserError(f"--prompt is missing: {usage}")
+    prompts = _prompts(options, usage)
+    tokens = _number(options, "--tokens", int, 0)
+    seed = _number(options, "--seed", int, 0)
+    if tokens < 0:
+        raise UserError(f"--tokens is {tokens}, and must be 0 or more")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed is {seed}, and must be from 0 to {2**32 - 1}")
     try:
         sampling = Sampling(
             temperature=_number(options, "--temperature", float, 0.8),
@@ -56,16 +62,15 @@ def generate_command(arguments: Sequence[str]) -> None:
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device is {device}, and must be auto, cpu or cuda")
     model = run.load_model().to(choose_device(device))  # type: ignore[arg-type]
-    prompts = options["--prompt"].split("|")
     ids = [[tokenizer.end_of_text, *tokenizer.encode(prompt)] for prompt in prompts]
     room = model.config.max_seq - max(map(len, ids))
     try:
         written = generate(
             model,
             ids,
-            _number(options, "--tokens", int, min(128, max(1, room))),
+            tokens if "--tokens" in options else min(128, max(1, room)),
             sampling,
-            seed=_number(options, "--seed", int, 0),
+            seed=seed,
             stop=tokenizer.end_of_text,
         )
     except ValueError as error:
@@ -73,7 +78,7 @@ def generate_command(arguments: Sequence[str]) -> None:
     for number, (prompt, new) in enumerate(zip(prompts, written, strict=True)):
         if number:
             print("-" * 40)
-        print(prompt + printable(tokenizer.decode(new)))
+        print(showable(prompt + printable(tokenizer.decode(new)), sys.stdout))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"generate": generate_command}
@@ -94,6 +99,22 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _prompts(options: dict[str, str], usage: str) -> list[str]:
+    """What to continue, from ``--prompt`` or ``--prompts``."""
+    if ("--prompt" in options) == ("--prompts" in options):
+        raise UserError(f"--prompt or --prompts is needed, and not both: {usage}")
+    if "--prompt" in options:
+        return [options["--prompt"]]
+    path = Path(options["--prompts"])
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as prompts: {error}") from None
+    if not lines:
+        raise UserError(f"{path}: holds no prompt; write one a line")
+    return lines
 
 
 def _number(options: dict[str, str], flag: str, kind: type[Number], default: Number) -> Number:

@@ -131,6 +131,9 @@ class SharedExpertsConfig:
         _at_least(self, 0, "n_experts")
         _at_least(self, 1, "d_ff")
         require(not self.gated or self.n_experts > 0, "gated", "is true, but n_experts is 0: there is nothing to gate")
+        require(
+            self.d_ff is None or self.n_experts > 0, "d_ff", "is given, but n_experts is 0: there is no shared expert"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +165,7 @@ class BalanceConfig:
     load_balance: float = 0.01
     """coefficient of the load-balancing loss (Switch Transformers, eq. 4-6), which is 1 at perfect balance"""
     scope: BalanceScope = "micro_batch"
-    """tokens over which the load is counted: this micro-batch, or the whole optimizer step on all ranks"""
+    """tokens over which the load is counted: a micro-batch of one rank, or the whole optimizer step on all ranks"""
     z_loss: float = 0.0
     """coefficient of the router z-loss (ST-MoE, eq. 5); 0.001 is the published choice"""
 
@@ -213,6 +216,18 @@ class ModelConfig:
             f"is {self.router.top_k}, but experts.n_experts is {self.experts.n_experts}",
         )
 
+        mixtures = sum(self.is_moe_layer(layer) for layer in range(self.n_layers))
+        require(
+            mixtures > 0,
+            "experts.every" if self.experts.every > self.n_layers else "experts.first_dense",
+            f"leaves none of the {self.n_layers} layers a mixture; for a dense model set dense_twin",
+        )
+        require(
+            self.feed_forward.d_ff is None or mixtures < self.n_layers,
+            "feed_forward.d_ff",
+            f"is {self.feed_forward.d_ff}, but no layer is dense: experts.d_ff is the width of an expert",
+        )
+
     @property
     def shared_width(self) -> int:
         """Hidden width of all shared experts of a layer together."""
@@ -252,7 +267,7 @@ class DataConfig:
     tokenizer: str = "bpe"
     """bpe (trained on the corpus), gpt2, cl100k, or the path of a tokenizer.json"""
     vocab_size: int = 4096
-    """size of the vocabulary that bpe trains"""
+    """size of the vocabulary that bpe trains; other tokenizers have their own"""
     sequence_length: int = 256
     """tokens a training sequence predicts"""
     validation_bytes: int = 98_304

@@ -77,10 +77,13 @@ def test_greedy_text_begins_with_the_prompt_and_repeats_itself(command: Command,
     assert generate(command, trained, "--prompt", "sheep 3", "--seed", 5) == written
 
 
-def test_prompts_of_different_length_are_continued_as_each_alone(command: Command, trained: Path) -> None:
+def test_prompts_of_different_length_are_continued_as_each_alone(
+    command: Command, trained: Path, tmp_path: Path
+) -> None:
     prompts = ["sheep 3", "sheep 10 jumps sheep 11 jumps", "s"]
 
-    together = generate(command, trained, "--prompt", "|".join(prompts))
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    together = generate(command, trained, "--prompts", tmp_path / "prompts.txt")
 
     alone = [generate(command, trained, "--prompt", prompt) for prompt in prompts]
     assert together == f"{'-' * 40}\n".join(alone)
@@ -154,7 +157,11 @@ MISTAKES = {
     "no run": (["generate", *P], "one run folder is needed, and 0 were given"),
     "two runs": (["generate", "RUN", "RUN", *P], "one run folder is needed, and 2 were given"),
     "no such run": (["generate", "nowhere", *P], "nowhere: is no run folder: it has no config.yaml"),
-    "no prompt": (["generate", "RUN"], "--prompt is missing"),
+    "no prompt": (["generate", "RUN"], "--prompt or --prompts is needed, and not both"),
+    "both": (["generate", "RUN", *P, "--prompts", "x"], "--prompt or --prompts is needed, and not both"),
+    "no file": (["generate", "RUN", "--prompts", "x"], "x: cannot be read as prompts"),
+    "less than nothing": (["generate", "RUN", *P, "--tokens", "-5"], "--tokens is -5, and must be 0 or more"),
+    "no seed": (["generate", "RUN", *P, "--seed", "99999999999999"], "--seed is 99999999999999, and must be from 0"),
     "a setting": (["generate", "RUN", *P, "--training.steps", "3"], "--training.steps belongs to training"),
     "unknown flag": (["generate", "RUN", *P, "--tokns", "3"], "--tokns is unknown; did you mean --tokens?"),
     "no number": (["generate", "RUN", *P, "--tokens", "many"], "--tokens is 'many', and must be a number"),

@@ -1,6 +1,7 @@
 """Every check of moe/config.py refuses what it should and names the setting; derived numbers are worked out by hand."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -114,7 +115,6 @@ def test_the_configured_dense_width_is_for_blocks_that_are_no_mixture() -> None:
         (3, 0, [2, 5]),
         (1, 2, [2, 3, 4, 5]),
         (2, 2, [3, 5]),
-        (1, 6, []),
     ],
 )
 def test_which_blocks_are_mixtures(every: int, first_dense: int, expected: list[int]) -> None:
@@ -137,3 +137,17 @@ def test_a_configured_vocabulary_must_hold_the_tokenizer() -> None:
     assert config.with_vocab(300) is config
     with pytest.raises(ConfigError, match=r"model\.vocab_size: is 300, but the tokenizer has 301 ids"):
         config.with_vocab(301)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"experts": ExpertsConfig(every=8)}, "experts.every"),
+        ({"experts": ExpertsConfig(first_dense=4)}, "experts.first_dense"),
+        ({"feed_forward": FeedForwardConfig(d_ff=64)}, "feed_forward.d_ff"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(n_layers=4, **settings)
+    assert caught.value.key == key

@@ -25,10 +25,17 @@ from tqdm import tqdm
 from moe.config import DataConfig
 from moe.data.corpus import Corpus, Document, Listing, read_corpus
 from moe.data.overlap import repeated_shares
-from moe.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_identity, train_bpe
+from moe.data.tokenizer import (
+    PUBLISHED,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_file,
+    tokenizer_identity,
+    train_bpe,
+)
 from moe.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the same settings would give other files."""
 
 BPE_SAMPLE_BYTES = 2_000_000
@@ -129,6 +136,19 @@ def find_corpus(config: DataConfig, base: Path) -> Path:
         if path.is_file():
             return path
     raise UserError(f"data.corpus: there is no file {' nor '.join(map(str, candidates))}")
+
+
+def resolve_paths(config: DataConfig, base: Path) -> DataConfig:
+    """``config`` with its corpus, its tokenizer (if that is a file) and its cache as absolute paths."""
+    tokenizer = config.tokenizer
+    if tokenizer not in ("bpe", *PUBLISHED):
+        tokenizer = str(tokenizer_file(tokenizer, base).resolve())
+    return replace(
+        config,
+        corpus=str(find_corpus(config, base).resolve()),
+        tokenizer=tokenizer,
+        cache=str(Path(config.cache).expanduser().resolve()),
+    )
 
 
 def reopen(config: DataConfig, manifest: Mapping[str, Any], base: Path, say: Say) -> PreparedCorpus:
@@ -259,11 +279,11 @@ def _read(listings: Sequence[Listing], say: Say) -> tuple[dict[str, list[Documen
     return by_domain, sources, duplicates
 
 
-def _repeats(domains: Iterable[Sequence[Document]]) -> dict[str, float]:
-    """For each document, by name, the share of it that other documents have too."""
+def _repeats(domains: Iterable[Sequence[Document]]) -> dict[Document, float]:
+    """The share of each document that other documents have too."""
     documents = [document for domain in domains for document in domain]
     shares = repeated_shares([document.text for document in documents])
-    return {document.name: share for document, share in zip(documents, shares, strict=True)}
+    return dict(zip(documents, shares, strict=True))
 
 
 def split_documents(
@@ -271,26 +291,26 @@ def split_documents(
     documents: Sequence[Document],
     validation_bytes: int,
     max_bytes: int | None,
-    repeats: Mapping[str, float] = MappingProxyType({}),
+    repeats: Mapping[Document, float] = MappingProxyType({}),
 ) -> Split:
     """Whole documents for validation until there are ``validation_bytes``, the others for training up to ``max_bytes``.
 
-    Documents are taken in the order of a hash of their names, so each keeps its place when others are added. One of
-    which more than a fifth stands in other documents (``repeats``, by name) is left to training, where its like are. No
-    more than a tenth of the domain is held out, nor more than twice ``validation_bytes``: a document that would exceed
-    that is passed over. If all would, the tenth alone counts; and where every document is longer than it (one long
-    text, say), the end of the first is held out, cut at a line. Likewise the start of the first is trained on where
-    every document is longer than ``max_bytes``.
+    Documents are taken in the order of a hash of their names, so each keeps its place when others are added, and two
+    that come out of one file (its code and its docstrings) go the same way. One of which more than a fifth stands in
+    other documents (``repeats``) is left to training, where its like are. No more than a tenth of the domain is held
+    out, nor more than twice ``validation_bytes``: a document that would exceed that is passed over. If all would, the
+    tenth alone counts; and where every document is longer than it (one long text, say), the end of the first is held
+    out, cut at a line. Likewise the start of the first is trained on where every document is longer than ``max_bytes``.
     Raises UserError for a text too short to be divided.
     """
     shuffled = sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
     tenth = sum(map(_size, shuffled)) // 10
-    own = [document for document in shuffled if repeats.get(document.name, 0.0) <= MOST_REPEATED]
+    own = [document for document in shuffled if repeats.get(document, 0.0) <= MOST_REPEATED]
     validation, _ = _take(own, until=validation_bytes, at_most=min(tenth, 2 * validation_bytes))
     if not validation:
         validation, _ = _take(own, until=1, at_most=tenth)
-    held_out = {document.name for document in validation}
-    rest = [document for document in shuffled if document.name not in held_out]
+    held_out = set(validation)
+    rest = [document for document in shuffled if document not in held_out]
     if not validation:
         start, end = _cut(rest[0], _size(rest[0]) - min(validation_bytes, tenth), later=True)
         validation, rest = [end], [start, *rest[1:]]

@@ -103,7 +103,7 @@ def tokenizer_identity(name: str, vocab_size: int, base: Path) -> str:
         return f"bpe {vocab_size}"
     if name in PUBLISHED:
         return f"{name} of {PUBLISHED[name][0]} {_distribution_of(name).version}"
-    return f"file {hashlib.sha256(_tokenizer_file(name, base).read_bytes()).hexdigest()}"
+    return f"file {hashlib.sha256(tokenizer_file(name, base).read_bytes()).hexdigest()}"
 
 
 def load_tokenizer(name: str, base: Path) -> Tokenizer:
@@ -112,7 +112,7 @@ def load_tokenizer(name: str, base: Path) -> Tokenizer:
         return _gpt2()
     if name == "cl100k":
         return _cl100k()
-    return Tokenizer.load(_tokenizer_file(name, base))
+    return Tokenizer.load(tokenizer_file(name, base))
 
 
 def _byte_level(model: models.BPE, pre_tokenizer: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
@@ -188,7 +188,8 @@ def _content(name: str, file_name: str) -> bytes:
     raise UserError(f"data.tokenizer: {package} {published.version} holds no file {file_name}: {remedy}")
 
 
-def _tokenizer_file(name: str, base: Path) -> Path:
+def tokenizer_file(name: str, base: Path) -> Path:
+    """The file that the setting ``name`` means: relative to ``base``, else to the working directory; or a UserError."""
     for path in (base / Path(name).expanduser(), Path(name).expanduser()):
         if path.is_file():
             return path

@@ -45,7 +45,9 @@ def generate(
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            logits, _ = model(tokens, mask=real, cache=cache)
+            # Compiled for training's shapes, blocks would be compiled again for each kind of step here.
+            with torch.compiler.set_stance("force_eager"):
+                logits, _ = model(tokens, mask=real, cache=cache)
             chosen = sample(logits[:, -1], sampling, generators)
             if stop is not None:
                 going = going & (chosen != stop)

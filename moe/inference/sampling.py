@@ -16,7 +16,7 @@ class Sampling:
     top_k: int | None = None
     """keep the k most likely tokens"""
     top_p: float | None = None
-    """keep the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2020, eq. 3)"""
+    """keep the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2020)"""
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:

@@ -14,7 +14,7 @@ from moe.model.routing import Routing
 
 
 class Router(nn.Module):
-    """A linear router: softmax over E experts, then the top K (Mixtral, OLMoE, Qwen; Shazeer et al. 2017, eq. 3-5).
+    """A linear router: softmax over E experts, then the top K (Mixtral, OLMoE, Qwen).
 
     Logits, scores and weights are float32 (float64 for float64 input) whatever autocast says: in bfloat16 about one
     token in two hundred would be sent to other experts, and casting after the product would not bring them back.

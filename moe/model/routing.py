@@ -56,7 +56,7 @@ class Routing:
     def real_tokens(self) -> Int[Tensor, ""]:
         """Number of tokens that are not padding, as a tensor (no host synchronisation)."""
         if self.mask is None:
-            return torch.tensor(self.n_tokens, device=self.logits.device)
+            return torch.full((), self.n_tokens, dtype=torch.int64, device=self.logits.device)
         return self.mask.sum()
 
     def counts(self) -> Int[Tensor, " E"]:
@@ -64,11 +64,10 @@ class Routing:
 
         int64: a bfloat16 counter stops at 256, and ``histc`` is neither deterministic on CUDA nor exact.
         """
+        real = torch.ones_like(self.selected) if self.mask is None else self.mask[:, None].expand_as(self.selected)
         chosen = self.selected.flatten()
-        real = (
-            torch.ones_like(chosen) if self.mask is None else self.mask.repeat_interleave(self.top_k).to(chosen.dtype)
-        )
-        return torch.zeros(self.n_experts, dtype=chosen.dtype, device=chosen.device).scatter_add_(0, chosen, real)
+        zeros = torch.zeros(self.n_experts, dtype=chosen.dtype, device=chosen.device)
+        return zeros.scatter_add_(0, chosen, real.flatten().to(chosen.dtype))
 
     def dropped_count(self) -> Int[Tensor, ""]:
         """Number of assignments of real tokens that were dropped."""

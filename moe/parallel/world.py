@@ -1,6 +1,7 @@
 """The processes that train together, as one value: who I am, how many we are, and sums over all of us."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -58,11 +59,24 @@ class World:
             dist.barrier()
 
 
-def join_world(device_type: str) -> World:
-    """Join the group that ``torchrun`` prepared, if it did, and return this process's place in it."""
+def join_world(device: torch.device) -> World:
+    """Join the group that ``torchrun`` prepared, if it did, and return this process's place in it.
+
+    ``device`` is this process's own. Nobody is given up within two hours: the first rank may have a corpus to prepare.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=timedelta(hours=2), device_id=device if on_gpu else None
+        )
     return World()
+
+
+def local_rank() -> int:
+    """This process's number among those of its machine, as ``torchrun`` gives it; 0 without it."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def leave_world() -> None:

@@ -11,12 +11,12 @@ import torch
 
 from moe import config_file
 from moe.config import Config, ConfigError
-from moe.data.prepare import PreparedCorpus, find_corpus, prepare
+from moe.data.prepare import PreparedCorpus, prepare, resolve_paths
 from moe.errors import UserError
-from moe.parallel.world import World, join_world, leave_world
+from moe.parallel.world import World, join_world, leave_world, local_rank
 from moe.training import checkpoint
 from moe.training.console import Console
-from moe.training.loop import Training
+from moe.training.loop import Training, require_divisible
 from moe.training.machine import choose_device, choose_precision, keep_freed_memory
 from moe.training.report import write_report
 from moe.training.run_folder import RunFolder
@@ -70,15 +70,17 @@ def main(arguments: Sequence[str], default_config: Path) -> int:
 def _start(config: Config, path: Path) -> int:
     """Prepare the corpus, make the run folder and train from the first step."""
     device, world = _join(config)
+    require_divisible(config.training, world.size)
     with _console(config, world) as console:
         corpus = _in_turn(world, lambda: prepare(config.data, path.parent, console.say))
         config = config.with_vocab(corpus.tokenizer.size)
-        precision = choose_precision(config.training.precision, device, config.model.d_model)
-        corpus_path = find_corpus(config.data, path.parent).resolve()
+        # The first rank's answer is everyone's: two ranks that measure may not agree.
+        fastest = choose_precision(config.training.precision, device, config.model.d_model)
+        takes_bf16 = world.sum(torch.tensor(int(world.is_first and fastest == "bf16"), device=device))
         config = replace(
             config,
-            data=replace(config.data, corpus=str(corpus_path)),
-            training=replace(config.training, precision=precision),
+            data=resolve_paths(config.data, path.parent),
+            training=replace(config.training, precision="bf16" if takes_bf16 else "fp32"),
         )
         run_folder = RunFolder.create(config, path.stem, corpus, world)
         training = None
@@ -94,7 +96,9 @@ def _resume(path: Path, overrides: Mapping[str, str]) -> int:
     """Go on with a run from its newest sound checkpoint."""
     for key in overrides:
         if key not in MAY_CHANGE:
-            raise UserError(f"--{key} would make it another run; with --resume only these may change: {MAY_CHANGE}")
+            raise UserError(
+                f"--{key} would make it another run; with --resume only these may change: {', '.join(MAY_CHANGE)}"
+            )
     run_folder = RunFolder.open(path)
     config = run_folder.config(overrides)
     device, world = _join(config)
@@ -104,6 +108,8 @@ def _resume(path: Path, overrides: Mapping[str, str]) -> int:
         for difference in newest.environment_differences():
             console.say(f"numbers may differ in the last digits from an unbroken run: {difference}")
         console.say(f"resuming {path} after step {newest.step}")
+        if "training.steps" in overrides and config.training.schedule.shape != "constant":
+            console.say("the learning rate goes on as in a run of the new length, so it may jump here")
         return _train(Training(config, corpus, run_folder, device, world, console, newest), console)
 
 
@@ -141,8 +147,8 @@ def _console(config: Config, world: World) -> Console:
 
 
 def _join(config: Config) -> tuple[torch.device, World]:
-    world = join_world(choose_device(config.training.device).type)
-    return choose_device(config.training.device, world.rank), world
+    device = choose_device(config.training.device, local_rank())
+    return device, join_world(device)
 
 
 def _in_turn(world: World, work: Callable[[], PreparedCorpus]) -> PreparedCorpus:

@@ -86,7 +86,8 @@ class Console:
             self.say("  ".join(parts))
 
     def say(self, line: str) -> None:
-        """Print ``line``, above the bar if there is one."""
+        """Print ``line``, above the bar if there is one; what the screen cannot show is spelled out."""
+        line = showable(line, self._stream)
         if self._bars:
             _Bar.write(line, file=self._stream)
         else:
@@ -194,6 +195,12 @@ def printable(text: str) -> str:
     return "".join(
         character if character.isprintable() or character in "\n\t" else repr(character)[1:-1] for character in text
     )
+
+
+def showable(text: str, stream: TextIO) -> str:
+    """``text`` with the characters that the encoding of ``stream`` lacks as escapes, so that printing cannot fail."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def can_show_blocks(stream: TextIO) -> bool:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moe.config import Config
+from moe.config import Config, TrainingConfig
 from moe.data.batches import Batches
 from moe.data.prepare import PreparedCorpus
 from moe.errors import UserError
@@ -94,12 +94,7 @@ class Training:
         self.config, self.corpus, self.run_folder = config, corpus, run_folder
         self.device, self.world, self.console = device, world, console
         self.precision = settings.precision
-        self.micro_batch, rest = divmod(settings.batch_size, settings.accumulation * world.size)
-        if rest:
-            raise UserError(
-                f"training.batch_size: {settings.batch_size} sequences cannot be divided among {world.size} ranks "
-                f"with training.accumulation {settings.accumulation}"
-            )
+        self.micro_batch = require_divisible(settings, world.size)
         self.model = Transformer(config.model, settings.seed).to(device)
         self.model.activation_checkpointing = settings.activation_checkpointing
         self.optimizer = build_optimizer(self.model, settings.optimizer)
@@ -137,6 +132,11 @@ class Training:
             self.run_folder.write_config(self.config)
         try:
             with StopSignal() as signal:
+                if settings.schedule.warmup_steps >= settings.steps:
+                    self.console.say(
+                        f"the warm-up of {settings.schedule.warmup_steps} steps is as long as the run or longer: "
+                        "the learning rate does not reach its peak"
+                    )
                 self.console.start()
                 while True:
                     with self.console.pause():
@@ -173,21 +173,24 @@ class Training:
         self.model.train()
         counts = StepCounts(self.world)
         parts: dict[str, Tensor] = {}
+        total = torch.zeros((), device=self.device)
         for micro in range(settings.accumulation):
             first_row = (micro * self.world.size + self.world.rank) * self.micro_batch
             batch = self.batches.rows(step, first_row, first_row + self.micro_batch)
             with autocast(self.device, self.precision):
-                hidden, routings = self.model.hidden(batch.tokens.to(self.device, non_blocking=True))
-                targets = batch.targets.to(self.device, non_blocking=True)
+                hidden, routings = self.model.hidden(batch.tokens.to(self.device))
+                targets = batch.targets.to(self.device)
                 lm = head_loss(hidden, self.model.head.weight, targets)
             objective = compose(lm, routings, self.config.model.balance, counts)
             torch.autograd.backward(objective.total / settings.accumulation)
+            total = total + objective.total.detach()
             for name, value in {"lm_loss": objective.lm, **objective.auxiliary}.items():
                 parts[name] = parts.get(name, 0) + value.detach() / settings.accumulation
         self.world.average_gradients(self.model)
         gradient_norm = self._clip_gradients()
         means = self.world.sum(torch.stack([*parts.values()])) / self.world.size
-        finite = math.isfinite(float(gradient_norm)) and math.isfinite(float(means.sum()))
+        total = self.world.sum(total)
+        finite = math.isfinite(float(gradient_norm)) and math.isfinite(float(total))
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -254,7 +257,7 @@ class Training:
                 "validation",
                 {"cross_entropy": pooled.cross_entropy, "bits_per_byte": pooled.bits_per_byte}
                 | {f"bits_per_byte/{domain}": score.bits_per_byte for domain, score in validation.domains.items()}
-                | load_values(validation.load),
+                | load_values(self.config.model.moe_layers, validation.load),
             )
         self.console.say(f"validation: {pooled.bits_per_byte:.4f} bits per byte")
 
@@ -278,7 +281,7 @@ class Training:
                     "tokens": progress.tokens,
                     "skipped": progress.skipped,
                 }
-                | load_values(step.load),
+                | load_values(self.config.model.moe_layers, step.load),
             )
         self.console.update(progress.step, loss=step.losses["lm_loss"], tokens=tokens, load=step.counts)
         if step.skipped:
@@ -293,13 +296,26 @@ class Training:
             )
 
     def _on_any_rank(self, flag: bool) -> bool:
-        return bool(self.world.sum(torch.tensor(int(flag), device=self.device)))
+        return flag if self.world.size == 1 else bool(self.world.sum(torch.tensor(int(flag), device=self.device)))
 
 
-def load_values(load: list[LoadSummary]) -> dict[str, float]:
-    """A bounded set of numbers a layer for the log, never one an expert."""
+def require_divisible(settings: TrainingConfig, n_ranks: int) -> int:
+    """Sequences in a micro-batch of one rank; raises UserError where the batch cannot be divided so."""
+    micro_batch, rest = divmod(settings.batch_size, settings.accumulation * n_ranks)
+    if rest:
+        raise UserError(
+            f"training.batch_size: {settings.batch_size} sequences cannot be divided among {n_ranks} ranks "
+            f"with training.accumulation {settings.accumulation}"
+        )
+    return micro_batch
+
+
+def load_values(layers: list[int], load: list[LoadSummary]) -> dict[str, float]:
+    """A bounded set of numbers for each of the mixture's ``layers`` for the log, never one an expert."""
     return {
-        f"load/{layer}/{name}": value for layer, summary in enumerate(load) for name, value in asdict(summary).items()
+        f"load/{layer}/{name}": value
+        for layer, summary in zip(layers, load, strict=True)
+        for name, value in asdict(summary).items()
     }
 
 

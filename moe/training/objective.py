@@ -42,7 +42,11 @@ def compose(
         "load_balance": [load_balancing_loss(routing, count) for routing, count in zip(routings, counts, strict=True)],
         "z_loss": [z_loss(routing) for routing in routings],
     }
-    total = lm + balance.load_balance * sum(losses["load_balance"]) + balance.z_loss * sum(losses["z_loss"])
+    coefficients = {"load_balance": balance.load_balance, "z_loss": balance.z_loss}
+    total = lm
+    for name, values in losses.items():
+        if coefficients[name]:  # 0 times an infinite loss would be NaN
+            total = total + coefficients[name] * torch.stack(values).sum()
     return Objective(lm, {name: torch.stack(values).mean() for name, values in losses.items()}, total)
 
 
@@ -66,7 +70,7 @@ class StepCounts:
         """The counts so far, summed over all ranks.
 
         With one micro-batch a step that is the global batch. With several, micro-batch m sees micro-batches 1 to m: the
-        running buffer of Qiu et al. 2025, section 3, which costs no second forward pass.
+        running buffer of Qiu et al. 2025, which costs no second forward pass.
         """
         assert self.counts is not None
         return self.world.sum(self.counts)

@@ -40,10 +40,9 @@ def parameter_groups(model: nn.Module, decay_router: bool) -> dict[str, dict[str
     spared = NEVER_DECAYED + (() if decay_router else ROUTER)
     groups: dict[str, dict[str, nn.Parameter]] = {"decay": {}, "no_decay": {}}
     for name, parameter in model.named_parameters():
-        plain = name.replace("_orig_mod.", "")
-        if plain.endswith(spared):
+        if name.endswith(spared):
             groups["no_decay"][name] = parameter
-        elif plain.endswith(decayed):
+        elif name.endswith(decayed):
             groups["decay"][name] = parameter
         else:
             raise ValueError(f"no rule says whether {name} takes weight decay")

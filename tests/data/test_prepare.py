@@ -249,10 +249,25 @@ def test_a_long_document_is_passed_over_rather_than_holding_out_far_too_much() -
 
 def test_a_text_that_others_repeat_is_never_held_out() -> None:
     documents = [Document(f"d{i}", "x" * 100) for i in range(100)]
-    repeats = {document.name: 0.21 for document in documents[:90]}
+    repeats = dict.fromkeys(documents[:90], 0.21)
     split = split_documents("d", documents, 10**9, None, repeats)
     assert {document.name for document in split.validation} == {f"d{i}" for i in range(90, 100)}
     assert len(split.train) == 90
+
+
+def test_two_documents_of_one_file_are_two_and_on_one_side() -> None:
+    """A file's code and its docstrings have one name; 30 files of 200 bytes, of which 600 bytes may be held out."""
+    documents = [Document(f"f{i}", letter * 100) for letter in "ab" for i in range(30)]
+    repeats = {document: 0.9 for document in documents if document.text.startswith("a")}
+
+    split = split_documents("d", documents, 10**9, None)
+    assert sorted(document.text[0] for document in split.validation) == ["a"] * 3 + ["b"] * 3
+    assert not {d.name for d in split.validation} & {d.name for d in split.train}
+    assert len(split.train) == 54
+
+    split = split_documents("d", documents, 10**9, None, repeats)
+    assert [document.text[0] for document in split.validation] == ["b"] * 6
+    assert len(split.train) == 54
 
 
 def test_what_is_held_out_stays_so_when_documents_are_added() -> None:

@@ -393,8 +393,6 @@ def test_parameters_counted_by_hand_with_every_option() -> None:
         (3, 0, [2, 5]),
         (1, 2, [2, 3, 4, 5]),
         (2, 2, [3, 5]),
-        (7, 0, []),
-        (1, 6, []),
     ],
 )
 def test_which_layers_are_mixtures(every: int, first_dense: int, mixtures: list[int]) -> None:

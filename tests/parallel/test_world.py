@@ -43,7 +43,7 @@ def _member(work: Work, folder: Path, rank: int, size: int) -> None:
     dist.init_process_group(
         "gloo", init_method=meeting_point, rank=rank, world_size=size, timeout=timedelta(seconds=30)
     )
-    torch.save(work(join_world("cpu")), folder / f"{rank}.pt")
+    torch.save(work(join_world(torch.device("cpu"))), folder / f"{rank}.pt")
     leave_world()
     assert not dist.is_initialized()
 
@@ -52,7 +52,7 @@ def _member(work: Work, folder: Path, rank: int, size: int) -> None:
 
 
 def test_alone() -> None:
-    world, tensor = join_world("cpu"), torch.tensor([3.0])
+    world, tensor = join_world(torch.device("cpu")), torch.tensor([3.0])
 
     assert (world.rank, world.size, world.is_first) == (0, 1, True)
     assert torch.equal(world.sum(tensor), torch.tensor([3.0]))

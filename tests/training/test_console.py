@@ -376,3 +376,12 @@ def test_the_table_of_256_experts_stays_within_100_columns() -> None:
 
 def test_what_a_model_writes_cannot_disturb_the_terminal() -> None:
     assert printable("a\x1b[2J b\r\n\tc é \x00") == "a\\x1b[2J b\\r\n\tc é \\x00"
+
+
+def test_a_screen_without_the_characters_gets_escapes() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+    Console(1, stream=stream).say("load ▄")
+
+    stream.seek(0)
+    assert stream.read() == "load \\u2584\n"

@@ -447,7 +447,7 @@ def together(work: Callable[[World], Any], folder: Path) -> list[Any]:
 def _member(work: Callable[[World], Any], folder: Path, rank: int) -> None:
     meeting = f"file://{folder / 'meeting'}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    torch.save(work(join_world("cpu")), folder / f"{rank}.pt")
+    torch.save(work(join_world(torch.device("cpu"))), folder / f"{rank}.pt")
     leave_world()
 
 

@@ -305,3 +305,15 @@ def test_gradients_of_micro_batches_average() -> None:
 
     torch.testing.assert_close(accumulated, separate.mean(0))
     assert (accumulated - whole).norm() > 1e-3 * whole.norm()
+
+
+def test_a_loss_that_is_off_cannot_spoil_the_total() -> None:
+    """Logits of 1e20 have an infinite z-loss in float32; 0 times it would be NaN."""
+    logits = torch.full((2, 4), 1e20)
+    scores = torch.full((2, 4), 0.25)
+    routing = Routing(logits, scores, torch.tensor([[0, 1], [2, 3]]), torch.full((2, 2), 0.5))
+
+    result = compose(torch.tensor(1.0), [routing], BalanceConfig(load_balance=1.0, z_loss=0.0), StepCounts(World()))
+
+    assert result.auxiliary["z_loss"].item() == math.inf
+    assert result.total.item() == pytest.approx(2.0)

@@ -68,3 +68,9 @@ def test_wsd_that_decays_from_the_start_warms_up_first() -> None:
 @pytest.mark.parametrize("shape", ["constant", "cosine", "wsd"])
 def test_a_run_shorter_than_its_warm_up(shape: str) -> None:
     assert [rate(step, steps=3, shape=shape) for step in range(3)] == pytest.approx([0.2, 0.4, 0.6])
+
+
+def test_a_warm_up_that_meets_the_decay_turns_without_a_jump() -> None:
+    """Ten steps of warm-up in a run of 12 that decays over the last 8: up to 2 · 0.6, where (12 - 6) / 8 crosses it."""
+    rates = [rate(step, steps=12, shape="wsd", decay_fraction=2 / 3) for step in range(12)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.25, 1.0, 0.75, 0.5, 0.25])

@@ -4,7 +4,7 @@ Assignments are sorted by expert, so that each expert's rows lie together; one g
 experts, another W_out; the rows are put back in token order and summed with their weights.
 
 What grouped_mm needs, and how it is met here:
-- a row stride of whole 16 bytes, bfloat16 or float32: :func:`unsupported` says what does not fit, in words;
+- a row stride of whole 16 bytes, in bfloat16, float16 or float32: :func:`unsupported` says what does not fit, in words;
 - rows beyond the last offset are left uninitialised, forward and backward: rows of padding and dropped assignments
   are sorted to the end and replaced by zeros on the way in and on the way out;
 - it is unknown to autocast: inputs and weights are cast here;
