@@ -74,7 +74,7 @@ def generate_command(arguments: Sequence[str]) -> None:
             stop=tokenizer.end_of_text,
         )
     except ValueError as error:
-        raise UserError(f"{error}; lower --tokens, or shorten the prompt") from None
+        raise UserError(str(error)) from None
     for number, (prompt, new) in enumerate(zip(prompts, written, strict=True)):
         if number:
             print("-" * 40)

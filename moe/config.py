@@ -165,7 +165,7 @@ class BalanceConfig:
     load_balance: float = 0.01
     """coefficient of the load-balancing loss (Switch Transformers, eq. 4-6), which is 1 at perfect balance"""
     scope: BalanceScope = "micro_batch"
-    """tokens over which the load is counted: a micro-batch of one rank, or the whole optimizer step on all ranks"""
+    """tokens over which the load is counted: a rank's micro-batch, or the step's micro-batches so far on all ranks"""
     z_loss: float = 0.0
     """coefficient of the router z-loss (ST-MoE, eq. 5); 0.001 is the published choice"""
 

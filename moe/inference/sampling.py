@@ -28,7 +28,12 @@ class Sampling:
 
 
 def sample(logits: Float[Tensor, "B V"], sampling: Sampling, generators: list[torch.Generator]) -> Int[Tensor, " B"]:
-    """Draw one token a row, row b with ``generators[b]``: what a row draws does not depend on the other rows."""
+    """Draw one token a row, row b with ``generators[b]``: what a row draws does not depend on the other rows.
+
+    Raises ValueError for logits that are not finite.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("the model's logits are not finite, so there is nothing to draw from")
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = (keep_likely(logits.float() / sampling.temperature, sampling)).softmax(dim=-1).cpu()

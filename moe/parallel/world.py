@@ -18,6 +18,7 @@ class World:
         together = dist.is_available() and dist.is_initialized()
         self.rank: int = dist.get_rank() if together else 0
         self.size: int = dist.get_world_size() if together else 1
+        self.device = torch.device("cuda") if together and dist.get_backend() == "nccl" else torch.device("cpu")
 
     @property
     def is_first(self) -> bool:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 
@@ -26,6 +27,8 @@ FLAGS = {
     "--resume RUN": "go on with the run in this folder, from its newest sound checkpoint",
     "--help": "show this and every setting",
 }
+
+Result = TypeVar("Result")
 
 MAY_CHANGE = (
     "training.evaluate_every",
@@ -71,6 +74,7 @@ def _start(config: Config, path: Path) -> int:
     """Prepare the corpus, make the run folder and train from the first step."""
     device, world = _join(config)
     require_divisible(config.training, world.size)
+    _all_or_none(world, lambda: RunFolder.require_free(config))
     with _console(config, world) as console:
         corpus = _in_turn(world, lambda: prepare(config.data, path.parent, console.say))
         config = config.with_vocab(corpus.tokenizer.size)
@@ -82,7 +86,7 @@ def _start(config: Config, path: Path) -> int:
             data=resolve_paths(config.data, path.parent),
             training=replace(config.training, precision="bf16" if takes_bf16 else "fp32"),
         )
-        run_folder = RunFolder.create(config, path.stem, corpus, world)
+        run_folder = _all_or_none(world, lambda: RunFolder.create(config, path.stem, corpus, world))
         training = None
         try:
             training = Training(config, corpus, run_folder, device, world, console)
@@ -105,6 +109,8 @@ def _resume(path: Path, overrides: Mapping[str, str]) -> int:
     with _console(config, world) as console:
         corpus = _in_turn(world, lambda: run_folder.corpus(config.data, console.say))
         newest = checkpoint.newest(run_folder.checkpoints_path, console.say)
+        if config.training.steps < newest.step:
+            raise UserError(f"training.steps is {config.training.steps}, but the run has done {newest.step}")
         for difference in newest.environment_differences():
             console.say(f"numbers may differ in the last digits from an unbroken run: {difference}")
         console.say(f"resuming {path} after step {newest.step}")
@@ -116,6 +122,7 @@ def _resume(path: Path, overrides: Mapping[str, str]) -> int:
 def _train(training: Training, console: Console) -> int:
     """Run to the end and report, or say how to go on."""
     run_folder = training.run_folder
+    console.say(f"training in {training.precision} on {training.device.type}")
     try:
         finished = training.run()
     except KeyboardInterrupt:  # a second one, which does not wait for the step to end
@@ -136,6 +143,21 @@ def _train(training: Training, console: Console) -> int:
 def resume_command(run_folder: RunFolder) -> str:
     """What to type to go on with a run."""
     return f"python train.py --resume {shlex.quote(str(run_folder.path))}"
+
+
+def _all_or_none(world: World, work: Callable[[], Result]) -> Result:
+    """What ``work`` returns, if it is refused on no rank; else its UserError here, or a quiet end."""
+    result = refusal = None
+    try:
+        result = work()
+    except UserError as error:
+        refusal = error
+    refusals = int(world.sum(torch.tensor(int(refusal is not None), device=world.device)))
+    if refusal is not None:
+        raise refusal
+    if refusals:
+        raise SystemExit(2)
+    return cast(Result, result)
 
 
 def _console(config: Config, world: World) -> Console:

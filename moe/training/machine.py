@@ -23,15 +23,19 @@ def choose_device(wanted: Device, rank: int = 0) -> torch.device:
 def choose_precision(wanted: Precision, device: torch.device, d_model: int) -> Precision:
     """The precision of the configuration; ``auto`` is bf16 on a GPU, and on a CPU whichever is faster there.
 
-    Some CPUs multiply bfloat16 twice as fast as float32 or better, others slower, and no table says which: one product
-    of the model's width is timed in both, in a few hundredths of a second. float32 wins unless bf16 is a fifth faster.
+    Some CPUs multiply bfloat16 twice as fast as float32 or better, others slower, and no table says which: a product
+    of the model's width is timed in both, in turn, in a few hundredths of a second. bf16 has to be a fifth faster in
+    every round but one, so that other work on the machine cannot decide.
     """
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
         return "bf16"
-    seconds = {dtype: _seconds_of_product(dtype, d_model) for dtype in (torch.float32, torch.bfloat16)}
-    return "bf16" if seconds[torch.bfloat16] * 1.2 < seconds[torch.float32] else "fp32"
+    rounds = [
+        (_seconds_of_product(torch.float32, d_model), _seconds_of_product(torch.bfloat16, d_model)) for _ in range(8)
+    ]
+    wins = sum(bf16 * 1.2 < fp32 for fp32, bf16 in rounds)
+    return "bf16" if wins >= len(rounds) - 1 else "fp32"
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
@@ -55,10 +59,8 @@ def keep_freed_memory() -> None:
 
 def _seconds_of_product(dtype: torch.dtype, d_model: int) -> float:
     rows, weight = torch.randn(1024, d_model).to(dtype), torch.randn(4 * d_model, d_model).to(dtype)
-    best = float("inf")
-    for _ in range(6):
-        start = time.perf_counter()
-        for _ in range(4):
-            rows @ weight.t()
-        best = min(best, time.perf_counter() - start)
-    return best
+    rows @ weight.t()  # the first one also prepares a kernel
+    start = time.perf_counter()
+    for _ in range(4):
+        rows @ weight.t()
+    return time.perf_counter() - start

@@ -4,6 +4,7 @@ The same facts go to the screen and ``report.txt`` for people, and to ``summary.
 """
 
 import json
+import math
 from dataclasses import asdict
 
 from moe.data.compression import CompressionBaseline, compression_baselines
@@ -26,7 +27,7 @@ def write_report(training: Training) -> str:
     baselines = compression_baselines({name: held.text for name, held in training.corpus.validation.items()})
     domains = [_result(name, score, baselines.domains[name]) for name, score in validation.domains.items()]
     pooled = _result("all text", validation.pooled, baselines.pooled)
-    samples = _samples(training)
+    samples = _samples(training) if math.isfinite(pooled.cross_entropy) else []
     summary = {
         "parameters": training.model.num_params(),
         "active_parameters": training.model.num_active_params(),

@@ -58,10 +58,9 @@ class RunFolder:
         path = Path(config.run.folder).expanduser() / (config.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
         if not world.is_first:
             return cls(path)
+        cls.require_free(config)
         try:
             path.mkdir(parents=True)
-        except FileExistsError:
-            raise UserError(f"{path}: exists; choose another --run.name, or continue it with --resume {path}") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be made: {error.strerror}; choose another --run.folder") from None
         run = cls(path)
@@ -69,6 +68,13 @@ class RunFolder:
         corpus.tokenizer.save(run.tokenizer_path)
         run.corpus_path.write_text(json.dumps(corpus.manifest, indent=1), encoding="utf-8")
         return run
+
+    @staticmethod
+    def require_free(config: Config) -> None:
+        """Raise UserError where the run that ``config`` names is there already."""
+        path = Path(config.run.folder).expanduser() / (config.run.name or "")
+        if config.run.name is not None and path.exists():
+            raise UserError(f"{path}: exists; choose another --run.name, or continue it with --resume {path}")
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":

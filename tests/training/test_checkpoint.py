@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -475,21 +476,26 @@ def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
     assert {file.stat().st_mode for file in folder.iterdir()} == {(tmp_path / "plain").stat().st_mode}
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """The kernel refuses to let any file grow beyond 600 bytes, as a full disk would."""
+    """The kernel refuses to let any file grow beyond 600 bytes, as a full disk would; pytest's own output, too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, previous)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
 
 
-def test_a_write_that_the_kernel_refuses_leaves_what_was_there(two: Path, request: pytest.FixtureRequest) -> None:
-    request.getfixturevalue("small_files")
-    with pytest.raises(UserError, match=r"step-00000003: .* could not be written .*too large.*make room"):
-        save(two, 3, *trained(), {}, keep=1)
+def test_a_write_that_the_kernel_refuses_leaves_what_was_there(two: Path) -> None:
+    model, optimizer = trained()
+    with (
+        pytest.raises(UserError, match=r"step-00000003: .* could not be written .*too large.*make room"),
+        small_files(),
+    ):
+        save(two, 3, model, optimizer, {}, keep=1)
     assert names(two) == ["step-00000001", "step-00000002"]
     assert newest(two, no_report).step == 2
 

@@ -327,6 +327,26 @@ def test_a_refused_resume_does_not_change_the_settings(command: Command, run: Pa
     assert contents(run) == before
 
 
+def test_fewer_steps_than_are_done_are_refused(command: Command, run: Path) -> None:
+    done = checkpoint.newest(run / "checkpoints", pytest.fail).step
+    before = contents(run)
+
+    line = only_line(*command("--resume", run, "--training.steps", done - 1))
+
+    assert line == f"training.steps is {done - 1}, but the run has done {done}"
+    assert contents(run) == before
+
+
+def test_a_run_that_diverged_ends_with_a_report_without_samples(command: Command, tmp_path: Path) -> None:
+    flags = ["--run.folder", tmp_path, "--run.name", "x", "--training.steps", 3]
+
+    status, output, _ = command(*flags, "--training.optimizer.lr", 1e30, "--training.schedule.warmup_steps", 0)
+
+    assert status == 0
+    assert "skipped" in output
+    assert (tmp_path / "x" / "report.txt").is_file()
+
+
 def test_a_refused_start_leaves_the_name_free(command: Command, tmp_path: Path) -> None:
     """No domain has a block of 100,000 tokens, which is known only once there is a run folder."""
     flags = ["--run.folder", tmp_path, "--run.name", "x", "--model.max_seq", 200_000]

@@ -65,3 +65,11 @@ def test_keeping_memory_is_harmless_with_any_c_library(monkeypatch: pytest.Monke
     keep_freed_memory()
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: object())  # one without mallopt
     keep_freed_memory()
+
+
+def test_one_disturbed_round_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 takes twice as long, but float32 is held up twice in eight rounds."""
+    calls = iter([5.0 if number in (4, 10) else 1.0 + number % 2 for number in range(16)])
+    monkeypatch.setattr(machine, "_seconds_of_product", lambda dtype, d_model: next(calls))
+
+    assert choose_precision("auto", CPU, 32) == "fp32"
