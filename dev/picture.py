@@ -20,6 +20,8 @@ LOW, FAIR, HIGH = (247, 247, 244), (203, 213, 224), (23, 63, 115)
 def loads(run: RunFolder) -> tuple[list[str], torch.Tensor]:
     """Domains, and load over fair share by [layer, domain, expert]."""
     config, model = run.config(), run.load_model()
+    if not config.model.moe_layers:
+        raise SystemExit(f"{run.path}: a dense model has no experts to draw")
     corpus = run.corpus(config.data, print)
     length = config.data.sequence_length
     counts = torch.zeros(len(config.model.moe_layers), len(corpus.domains), config.model.experts.n_experts)
@@ -50,7 +52,7 @@ def draw(domains: list[str], over_fair: torch.Tensor) -> str:
         f'<rect width="{width}" height="{height}" fill="white"/>',
         '<text x="16" y="26" font-size="16" font-weight="bold" fill="#1a202c">'
         f"Which of the {n_experts} experts each kind of text goes to</text>",
-        f'<text x="16" y="44" fill="#4a5568">toy run, held-out text; every expert gets {1 / n_experts:.2%} of all '
+        f'<text x="16" y="44" fill="#4a5568">held-out text; every expert gets {1 / n_experts:.2%} of all '
         "assignments where nothing is specialised</text>",
     ]
     for layer in range(n_layers):
