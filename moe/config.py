@@ -10,10 +10,65 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 NormKind = Literal["rmsnorm", "layernorm"]
-Activation = Literal["swiglu", "gelu", "relu"]
+Activation = Literal["swiglu", "swiglu_clamped", "gelu", "relu"]
 QKNorm = Literal["none", "head", "full"]
 ExpertBackend = Literal["auto", "reference", "grouped", "segments"]
-BalanceScope = Literal["micro_batch", "global_batch"]
+Preset = Literal[
+    "shazeer",
+    "gshard",
+    "switch",
+    "st_moe",
+    "base",
+    "sinkhorn",
+    "hash",
+    "expert_choice",
+    "mixtral",
+    "deepseek_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "loss_free",
+    "quantile",
+    "olmoe",
+    "qwen2",
+    "qwen3",
+    "llama4",
+    "gpt_oss",
+    "dbrx",
+    "grin",
+    "remoe",
+    "moe_plus_plus",
+    "longcat",
+    "top_p",
+    "dense_mixer",
+    "cosine",
+    "random",
+    "dense",
+]
+Projection = Literal["linear", "cosine", "two_layer"]
+Score = Literal["softmax", "sigmoid", "sqrt_softplus", "relu"]
+Noise = Literal["none", "shazeer", "gumbel"]
+Selection = Literal[
+    "top_k",
+    "group_limited",
+    "top_p",
+    "positive",
+    "all",
+    "sampled",
+    "expert_choice",
+    "sinkhorn",
+    "base",
+    "hash",
+    "random",
+]
+GroupScore = Literal["max", "top_two"]
+SelectionBias = Literal["none", "sign", "proportional", "quantile"]
+WeightSource = Literal["scores", "equal"]
+WeightPosition = Literal["after", "before"]
+RouterGradient = Literal["selected", "all_experts", "heun"]
+CapacityOrder = Literal["position", "choice", "score"]
+CapacityScope = Literal["micro_batch", "sequence"]
+BalanceScope = Literal["sequence", "micro_batch", "global_batch"]
+BalancedChoices = Literal["all", "first"]
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 ScheduleShape = Literal["cosine", "wsd", "constant"]
@@ -86,7 +141,7 @@ class FeedForwardConfig:
     """What every feed-forward layer shares (dense, expert and shared expert), and the width of the dense ones."""
 
     activation: Activation = "swiglu"
-    """swiglu (three matrices), or gelu / relu (two matrices)"""
+    """swiglu (three matrices; swiglu_clamped is that of GPT-OSS), or gelu / relu (two matrices)"""
     bias: bool = False
     """biases on both projections"""
     d_ff: int | None = None
@@ -137,40 +192,313 @@ class SharedExpertsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """Which experts a token goes to, and with what weight: softmax over all experts, then the top k."""
+class SpecialExpertsConfig:
+    """Experts without an MLP, routed to like the others (MoE++, LongCat); they come after the MLPs, in this order."""
 
-    top_k: int = 2
-    """experts per token"""
-    normalise: bool = True
-    """divide the k weights by their sum (Mixtral); false keeps the raw probabilities (OLMoE, Switch)"""
-    scale: float = 1.0
-    """factor on the weights, applied once, after normalisation"""
+    zero: int = 0
+    """experts whose output is 0: a token that chooses one does less"""
+    copy: int = 0
+    """experts whose output is their input"""
+    constant: int = 0
+    """experts that mix their input with a learned vector"""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "top_k")
+        _at_least(self, 0, "zero", "copy", "constant")
+
+    @property
+    def total(self) -> int:
+        """All special experts of a layer."""
+        return self.zero + self.copy + self.constant
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityConfig:
+    """How many assignments an expert takes in training, and which are dropped beyond that; dropless without a factor.
+
+    With k experts a token, E experts and T real tokens, an expert takes ceil(factor k T / E) assignments.
+    """
+
+    factor: float | None = None
+    """capacity over the fair share; null: dropless"""
+    order: CapacityOrder = "position"
+    """who is dropped last: earlier tokens (position), all first choices (choice, GShard), higher scores (score)"""
+    scope: CapacityScope = "micro_batch"
+    """tokens that share a capacity: those of a rank's micro-batch, or of one sequence"""
+    in_evaluation: bool = False
+    """whether evaluation and generation drop tokens too"""
+
+    def __post_init__(self) -> None:
+        require(self.factor is None or self.factor > 0, "factor", f"is {self.factor}; null makes the layer dropless")
+        for key in ("order", "scope", "in_evaluation"):
+            is_default = getattr(self, key) == type(self).__dataclass_fields__[key].default
+            require(self.factor is not None or is_default, key, "is set, but factor is null: nothing is ever dropped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Which experts a token goes to, and with what weight: one choice on each axis, in the order of the computation.
+
+    Logits (projection, bias, logit_norm, residual, noise) -> scores (score) -> selected experts (selection,
+    selection_bias) -> weights (weights, normalise, scale, apply), and what gradient the router gets (gradient).
+    """
+
+    preset: Preset | None = None
+    """a published router (moe/presets.yaml): it fills the keys below, and others, that are not set beside it"""
+    top_k: int = 2
+    """experts per token; what top_p, positive and expert_choice aim at on average"""
+    projection: Projection = "linear"
+    """logits from hidden states: a matrix, cosine with a temperature (X-MoE), or two layers with tanh (MoE++)"""
+    projection_width: int | None = None
+    """inner width of cosine (null: 16) and two_layer (null: 8 x experts)"""
+    temperature: float | None = None
+    """initial temperature of cosine, learned from there (null: 0.5)"""
+    bias: bool = False
+    """a bias on the logits (GPT-OSS)"""
+    logit_norm: float | None = None
+    """standardise each token's logits and multiply them by this (Skywork-MoE); null: as they are"""
+    residual: bool = False
+    """add a learned matrix times the logits of the previous mixture layer (MoE++)"""
+    jitter: float = 0.0
+    """in training, multiply the router's input (never the experts') by uniform noise in 1 +- this (Switch: 0.01)"""
+    noise: Noise = "none"
+    """in training, noise on the logits: of a learned scale (shazeer), or on the choice alone (gumbel)"""
+    score: Score = "softmax"
+    """score function"""
+    selection: Selection = "top_k"
+    """rule that picks the experts: moe/model/router/selection.py and assignment.py have one function for each"""
+    n_groups: int | None = None
+    """groups of experts for group_limited"""
+    top_groups: int | None = None
+    """groups that one token may use"""
+    group_score: GroupScore = "top_two"
+    """what ranks the groups: their best expert (DeepSeek-V2) or the sum of their best two (DeepSeek-V3)"""
+    threshold: float | None = None
+    """total probability that top_p gathers (null: 0.4)"""
+    sampling_margin: float | None = None
+    """sampled: experts further than twice this below the best, relatively, are never drawn (null: 0.01)"""
+    second_choice: float | None = None
+    """in training, keep a choice after the first with probability weight / this (GShard: 0.5, ST-MoE: 0.2)"""
+    selection_bias: SelectionBias = "none"
+    """a bias in the choice, never in the weights, that evens the load after each step"""
+    bias_rate: float | None = None
+    """step of the sign and proportional updates (null: 0.001); quantile has none"""
+    weights: WeightSource = "scores"
+    """what multiplies an expert's output: its score, or 1 (equal)"""
+    normalise: bool = True
+    """divide a token's weights by their sum (Mixtral); false keeps the raw scores (OLMoE, Switch)"""
+    scale: float = 1.0
+    """factor on the weights, applied once, after normalisation"""
+    apply: WeightPosition = "after"
+    """multiply an expert's output by the weight (after), or its input (before, Llama-4)"""
+    gradient: RouterGradient = "selected"
+    """what trains the router: the selected experts, all experts (DenseMixer), or Heun's rule (SparseMixer-v2)"""
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "top_k", "projection_width", "n_groups", "top_groups")
+        _at_least(self, 0, "jitter")
+        require(self.jitter < 1, "jitter", f"is {self.jitter}, and must be below 1")
         require(self.scale > 0, "scale", f"is {self.scale}, and must be positive")
+        for key in ("temperature", "logit_norm", "threshold", "sampling_margin", "second_choice", "bias_rate"):
+            value = getattr(self, key)
+            require(value is None or value > 0, key, f"is {value}, and must be positive")
+        require(self.threshold is None or self.threshold <= 1, "threshold", f"is {self.threshold}, and is at most 1")
+        self._require_that_every_key_acts()
+        self._require_axes_that_fit()
+
+    def _require_that_every_key_acts(self) -> None:
+        owners: dict[str, tuple[str, tuple[str, ...]]] = {
+            "projection_width": ("projection", ("cosine", "two_layer")),
+            "temperature": ("projection", ("cosine",)),
+            "n_groups": ("selection", ("group_limited",)),
+            "top_groups": ("selection", ("group_limited",)),
+            "threshold": ("selection", ("top_p",)),
+            "sampling_margin": ("selection", ("sampled",)),
+            "bias_rate": ("selection_bias", ("sign", "proportional")),
+        }
+        for key, (axis, values) in owners.items():
+            require(
+                getattr(self, key) is None or getattr(self, axis) in values,
+                key,
+                f"is set, but acts only with {axis} {' or '.join(values)}, and {axis} is {getattr(self, axis)}",
+            )
+        if self.selection == "group_limited":
+            for key in ("n_groups", "top_groups"):
+                require(getattr(self, key) is not None, key, "is null, and selection group_limited needs it")
+            assert self.n_groups is not None
+            assert self.top_groups is not None
+            require(self.top_groups <= self.n_groups, "top_groups", f"is more than n_groups = {self.n_groups}")
+        else:
+            require(self.group_score == "top_two", "group_score", "is set, but selection is not group_limited")
+        if not self.has_logits:
+            for key in ("bias", "residual", "jitter", "logit_norm"):
+                require(
+                    not getattr(self, key),
+                    key,
+                    f"is set, but selection {self.selection} with equal weights computes no logits",
+                )
+            require(self.projection == "linear", "projection", f"is set, but {self.selection} computes no logits")
+
+    def _require_axes_that_fit(self) -> None:
+        chosen, fixed = self.selection, ("top_k", "group_limited")
         require(
-            not (self.normalise and self.top_k == 1),
+            not (self.normalise and self.top_k == 1 and self.weights == "scores" and chosen not in _SEVERAL_EXPERTS),
             "normalise",
             "is true with top_k 1: the single weight would always be 1 and the router would get no gradient "
             "from the language-model loss; set normalise to false",
         )
+        require(
+            not (self.normalise and self.score == "relu"),
+            "normalise",
+            "is true with score relu: the scores of a token may all be 0; set normalise to false",
+        )
+        require(
+            chosen != "positive" or self.score == "relu",
+            "score",
+            f"is {self.score}, but selection positive takes every expert whose score is above 0: only relu gives zeros",
+        )
+        require(
+            chosen not in ("top_p", "expert_choice", "sampled") or self.score == "softmax",
+            "score",
+            f"is {self.score}, but selection {chosen} needs probabilities: set it to softmax",
+        )
+        require(
+            self.selection_bias == "none" or chosen in fixed,
+            "selection_bias",
+            f"is {self.selection_bias}, but selection {chosen} does not rank experts by a score plus a bias; "
+            "it goes with top_k and group_limited",
+        )
+        require(
+            self.selection_bias != "quantile" or chosen == "top_k",
+            "selection_bias",
+            "is quantile, whose update solves for plain top_k; use sign with group_limited",
+        )
+        require(
+            self.noise == "none" or chosen in (*fixed, "top_p", "positive"),
+            "noise",
+            f"is {self.noise}, but selection {chosen} brings its own randomness or needs none",
+        )
+        require(
+            self.noise != "gumbel" or (chosen in fixed and self.selection_bias == "none"),
+            "noise",
+            "is gumbel, which draws experts without replacement by their logits: it goes with selection top_k or "
+            "group_limited, without a selection bias",
+        )
+        require(
+            self.gradient != "heun" or chosen == "sampled",
+            "gradient",
+            f"is heun, which estimates the gradient of a sampled choice, but selection is {chosen}; set it to sampled",
+        )
+        require(
+            self.gradient != "all_experts"
+            or (chosen in fixed and self.apply == "after" and self.capacity.factor is None),
+            "gradient",
+            "is all_experts, which goes with selection top_k or group_limited, apply after and no capacity",
+        )
+        require(
+            self.second_choice is None or (self.top_k > 1 and chosen in fixed),
+            "second_choice",
+            "is set, but there is no second choice: it goes with selection top_k or group_limited and top_k above 1",
+        )
+        require(
+            self.capacity.factor is None or chosen not in ("expert_choice", "base", "all"),
+            "capacity.factor",
+            f"is {self.capacity.factor}, but selection {chosen} gives every expert its exact share",
+        )
+        require(
+            chosen != "base" or self.top_k == 1,
+            "top_k",
+            f"is {self.top_k}, but selection base assigns each token to one expert",
+        )
+        require(
+            self.weights == "scores" or self.gradient == "selected",
+            "weights",
+            f"is equal: the router has no weight to train by gradient {self.gradient}",
+        )
+        require(
+            self.weights == "scores" or chosen in ("hash", "random", "all"),
+            "weights",
+            f"is equal, so that nothing would train the router of {chosen}; it goes with selection hash, random and all",
+        )
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the router computes anything from hidden states; not where choice and weights are both fixed."""
+        return self.weights == "scores"
+
+    @property
+    def balances_itself(self) -> bool:
+        """Whether the choice is not the scores' own, so that a load-balancing loss would train nothing executed."""
+        return self.selection in ("expert_choice", "sinkhorn", "base", "hash", "random", "all")
+
+    def is_causal(self, *, training: bool) -> bool:
+        """Whether what a token is given depends on itself and earlier tokens of its sequence alone.
+
+        Expert choice compares tokens of the whole batch; Sinkhorn and BASE do in training; a capacity by choice lets a
+        later token's first choice evict an earlier token's second, and one by score any.
+        """
+        if self.selection == "expert_choice" or (training and self.selection in ("sinkhorn", "base")):
+            return False
+        if self.capacity.factor is None or not (training or self.capacity.in_evaluation):
+            return True
+        return self.capacity.order == "position" or (self.capacity.order == "choice" and self.top_k == 1)
+
+    def is_batch_independent(self, *, training: bool) -> bool:
+        """Whether what a token is given depends on its own sequence alone, not on others in the batch."""
+        if self.selection == "expert_choice" or (training and self.selection in ("sinkhorn", "base")):
+            return False
+        drops = self.capacity.factor is not None and (training or self.capacity.in_evaluation)
+        return not drops or self.capacity.scope == "sequence"
+
+
+_SEVERAL_EXPERTS = ("top_p", "positive", "expert_choice", "all")
+"""selections in which top_k 1 does not mean that each token has one weight"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
-    """Auxiliary losses that keep the experts evenly used; each is taken per layer and summed over the MoE layers."""
+    """Auxiliary losses on the routing; each is taken per layer and summed over the MoE layers.
+
+    Coefficients multiply the losses of moe/model/balance.py, whose docstring converts those of other codebases.
+    """
 
     load_balance: float = 0.01
     """coefficient of the load-balancing loss (Switch Transformers, eq. 4-6), which is 1 at perfect balance"""
     scope: BalanceScope = "micro_batch"
-    """tokens over which the load is counted: a rank's micro-batch, or the step's micro-batches so far on all ranks"""
+    """tokens over which that load is counted: each sequence, a rank's micro-batch, or the step's so far on all ranks"""
+    choices: BalancedChoices = "all"
+    """assignments that count as load: all of them, or each token's first choice (GShard)"""
+    special_weight: float = 1.0
+    """weight of zero, copy and constant experts in the load-balancing loss (MoE++: 0.75)"""
     z_loss: float = 0.0
     """coefficient of the router z-loss (ST-MoE, eq. 5); 0.001 is the published choice"""
+    importance: float = 0.0
+    """coefficient of the squared variation of the experts' total weight (Shazeer et al. 2017; 0.1)"""
+    noisy_load: float = 0.0
+    """coefficient of the squared variation of a smooth load, which needs noise shazeer (Shazeer et al. 2017; 0.1)"""
+    device: float = 0.0
+    """coefficient of the load-balancing loss over groups of experts that share a device (DeepSeekMoE; 0.05)"""
+    n_devices: int | None = None
+    """groups of consecutive experts for `device`"""
+    sparsity: float = 0.0
+    """initial coefficient of ReMoE's L1 loss, which steers itself to top_k experts a token (ReMoE: 1e-8)"""
+    sparsity_rate: float = 1.2
+    """factor by which that coefficient grows or shrinks each step"""
+    entropy: float = 0.0
+    """coefficient of the router's entropy, which sharpens it (top-p routing; 1e-4)"""
+    orthogonality: float = 0.0
+    """coefficient of the distance of the router's rows from orthonormal (SimBal)"""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "load_balance", "z_loss")
+        _at_least(self, 0, "load_balance", "z_loss", "importance", "noisy_load", "device", "sparsity", "entropy")
+        _at_least(self, 0, "orthogonality", "special_weight")
+        _at_least(self, 1, "n_devices")
+        require(self.sparsity_rate > 1, "sparsity_rate", f"is {self.sparsity_rate}, and must be above 1")
+        require(
+            (self.n_devices is None) == (self.device == 0),
+            "n_devices",
+            "and device go together: a coefficient above 0 and the number of groups",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +529,7 @@ class ModelConfig:
     feed_forward: FeedForwardConfig = field(default_factory=FeedForwardConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     shared: SharedExpertsConfig = field(default_factory=SharedExpertsConfig)
+    special: SpecialExpertsConfig = field(default_factory=SpecialExpertsConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 
@@ -210,12 +539,8 @@ class ModelConfig:
         require(self.dropout < 1, "dropout", "is 1: nothing would be left")
         require(self.norm_eps > 0, "norm_eps", f"is {self.norm_eps}, and must be positive")
         require(self.init_std > 0, "init_std", f"is {self.init_std}: a zero router would send every token one way")
-        require(
-            self.router.top_k <= self.experts.n_experts,
-            "router.top_k",
-            f"is {self.router.top_k}, but experts.n_experts is {self.experts.n_experts}",
-        )
-
+        self._require_a_router_that_fits()
+        self._require_losses_that_act()
         mixtures = sum(self.is_moe_layer(layer) for layer in range(self.n_layers))
         require(
             mixtures > 0,
@@ -227,6 +552,106 @@ class ModelConfig:
             "feed_forward.d_ff",
             f"is {self.feed_forward.d_ff}, but no layer is dense: experts.d_ff is the width of an expert",
         )
+
+    def _require_a_router_that_fits(self) -> None:
+        router, routed = self.router, self.routed_experts
+        special = f" and {self.special.total} special ones" if self.special.total else ""
+        require(
+            router.top_k <= routed,
+            "router.top_k",
+            f"is {router.top_k}, but experts.n_experts is {self.experts.n_experts}{special}",
+        )
+        require(
+            router.second_choice is None or router.second_choice <= 1,
+            "router.second_choice",
+            f"is {router.second_choice}, and a weight is at most 1",
+        )
+        if router.n_groups is not None:
+            assert router.top_groups is not None
+            size, rest = divmod(routed, router.n_groups)
+            require(rest == 0, "router.n_groups", f"is {router.n_groups}, which does not divide {routed} experts")
+            require(
+                router.top_k <= router.top_groups * size,
+                "router.top_groups",
+                f"is {router.top_groups}, which leaves {router.top_groups * size} experts for top_k = {router.top_k}",
+            )
+            require(
+                router.group_score == "max" or size >= 2,
+                "router.group_score",
+                "is top_two, but a group has one expert; set it to max",
+            )
+        if self.special.total:
+            require(
+                router.selection in ("top_k", "group_limited", "top_p", "positive") and router.gradient == "selected",
+                "special.zero" if self.special.zero else "special.copy" if self.special.copy else "special.constant",
+                f"is set, but router.selection {router.selection} with gradient {router.gradient} knows only MLPs",
+            )
+            require(
+                router.apply == "after",
+                "router.apply",
+                "is before, but special experts are weighted after they are computed",
+            )
+        else:
+            require(
+                self.balance.special_weight == 1,
+                "balance.special_weight",
+                "is set, but there are no special experts",
+            )
+
+    def _require_losses_that_act(self) -> None:
+        router, balance = self.router, self.balance
+        for key in ("load_balance", "importance", "device"):
+            require(
+                not (getattr(balance, key) and router.balances_itself),
+                f"balance.{key}",
+                f"is {getattr(balance, key)}, but router.selection {router.selection} does not choose by the scores "
+                "that this loss would train; set it to 0",
+            )
+        require(
+            router.has_logits or not balance.z_loss,
+            "balance.z_loss",
+            f"is {balance.z_loss}, but router.selection {router.selection} computes no logits; set it to 0",
+        )
+        require(
+            not balance.noisy_load or router.noise == "shazeer",
+            "balance.noisy_load",
+            f"is {balance.noisy_load}, but it needs router.noise shazeer",
+        )
+        require(
+            not balance.noisy_load or router.selection == "top_k",
+            "balance.noisy_load",
+            f"is {balance.noisy_load}, but it is defined for router.selection top_k",
+        )
+        require(
+            not balance.sparsity or router.selection == "positive",
+            "balance.sparsity",
+            f"is {balance.sparsity}, but it needs router.selection positive",
+        )
+        require(
+            not balance.entropy or router.score == "softmax",
+            "balance.entropy",
+            f"is {balance.entropy}, but router.score {router.score} gives no probabilities",
+        )
+        require(
+            not balance.orthogonality or (router.projection == "linear" and router.has_logits),
+            "balance.orthogonality",
+            f"is {balance.orthogonality}, but there is no linear router",
+        )
+        require(
+            balance.n_devices is None or self.routed_experts % balance.n_devices == 0,
+            "balance.n_devices",
+            f"is {balance.n_devices}, which does not divide {self.routed_experts} experts",
+        )
+
+    @property
+    def routed_experts(self) -> int:
+        """Experts that the router chooses from: the MLPs and the special ones."""
+        return self.experts.n_experts + self.special.total
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that a token uses (on average, where the number varies)."""
+        return self.routed_experts if self.router.selection == "all" else self.router.top_k
 
     @property
     def shared_width(self) -> int:
@@ -243,7 +668,7 @@ class ModelConfig:
     @property
     def active_width(self) -> int:
         """Hidden width that one token passes through in a mixture: k routed experts and the shared ones."""
-        return self.router.top_k * self.experts.d_ff + self.shared_width
+        return self.experts_per_token * self.experts.d_ff + self.shared_width
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block ``layer`` (from 0) is a mixture: the last of every ``every``, none of ``first_dense``."""

@@ -12,8 +12,9 @@ from torch import Tensor
 class Routing:
     """The decision of one router for T tokens, E experts and K choices a token.
 
-    An assignment is a pair (token, choice). It is carried out unless its token is padding or it was dropped; the
-    expert back-ends ask :attr:`executed`, which is None where every assignment is carried out.
+    An assignment is a pair (token, choice). Every token has K places for one; where the number of experts varies from
+    token to token, some places are empty (:attr:`assigned`). Of the E experts the last ``n_special`` have no MLP.
+    The expert back-ends compute what :attr:`executed` says: assignments to an MLP, unless dropped or of padding.
     """
 
     logits: Float[Tensor, "T E"]
@@ -28,6 +29,16 @@ class Routing:
     """True for real tokens, False for padding; None: all are real"""
     dropped: Bool[Tensor, "T K"] | None = None
     """True for assignments beyond an expert's capacity; None: dropless"""
+    assigned: Bool[Tensor, "T K"] | None = None
+    """True where the place holds an assignment; None: everywhere. An empty place has weight 0"""
+    n_special: int = 0
+    """zero, copy and constant experts, the last of the E"""
+    n_sequences: int = 1
+    """B: the T tokens are so many sequences of equal length, one after the other"""
+    scores_are_probabilities: bool = True
+    """whether each token's scores sum to 1"""
+    noise: "LearnedNoise | None" = None
+    """what Shazeer's load loss needs to know of the noise in the logits; None: there was none"""
 
     @property
     def n_tokens(self) -> int:
@@ -45,13 +56,34 @@ class Routing:
         return self.selected.shape[1]
 
     @property
-    def executed(self) -> Bool[Tensor, "T K"] | None:
-        """Which assignments an expert computes; None where all are."""
-        kept = None if self.dropped is None else ~self.dropped
+    def n_mlps(self) -> int:
+        """Experts with an MLP: the first of the E."""
+        return self.n_experts - self.n_special
+
+    @property
+    def present(self) -> Bool[Tensor, "T K"] | None:
+        """Which places hold an assignment of a real token, dropped or not; None where all do."""
         if self.mask is None:
-            return kept
+            return self.assigned
         real = self.mask[:, None].expand_as(self.selected)
-        return real if kept is None else real & kept
+        return real if self.assigned is None else real & self.assigned
+
+    @property
+    def carried_out(self) -> Bool[Tensor, "T K"] | None:
+        """Which places hold an assignment that counts in the output; None where all do."""
+        present = self.present
+        if self.dropped is None:
+            return present
+        return ~self.dropped if present is None else present & ~self.dropped
+
+    @property
+    def executed(self) -> Bool[Tensor, "T K"] | None:
+        """Which assignments an expert's MLP computes; None where all are."""
+        carried_out = self.carried_out
+        if not self.n_special:
+            return carried_out
+        to_mlp = self.selected < self.n_mlps
+        return to_mlp if carried_out is None else carried_out & to_mlp
 
     def real_tokens(self) -> Int[Tensor, ""]:
         """Number of tokens that are not padding, as a tensor (no host synchronisation)."""
@@ -60,20 +92,47 @@ class Routing:
         return self.mask.sum()
 
     def counts(self) -> Int[Tensor, " E"]:
-        """Assignments of real tokens to each expert, before any were dropped; they sum to K times the real tokens.
+        """Assignments of real tokens to each expert, before any were dropped.
 
-        int64: a bfloat16 counter stops at 256, and ``histc`` is neither deterministic on CUDA nor exact.
+        They sum to K times the real tokens, if every place holds one. int64: a bfloat16 counter stops at 256, and
+        ``histc`` is neither deterministic on CUDA nor exact.
         """
-        real = torch.ones_like(self.selected) if self.mask is None else self.mask[:, None].expand_as(self.selected)
-        chosen = self.selected.flatten()
-        zeros = torch.zeros(self.n_experts, dtype=chosen.dtype, device=chosen.device)
-        return zeros.scatter_add_(0, chosen, real.flatten().to(chosen.dtype))
+        return _count(self.selected, self.present, self.n_experts)
+
+    def first_choice_counts(self) -> Int[Tensor, " E"]:
+        """Real tokens whose first choice each expert is."""
+        present = self.present
+        return _count(self.selected[:, :1], None if present is None else present[:, :1], self.n_experts)
+
+    def sequence_counts(self) -> Int[Tensor, "B E"]:
+        """:meth:`counts` of each sequence."""
+        per_sequence = self.n_tokens // self.n_sequences
+        first = torch.arange(self.n_sequences, device=self.selected.device) * self.n_experts
+        slot = self.selected + first.repeat_interleave(per_sequence)[:, None]
+        return _count(slot, self.present, self.n_sequences * self.n_experts).view(self.n_sequences, self.n_experts)
 
     def dropped_count(self) -> Int[Tensor, ""]:
         """Number of assignments of real tokens that were dropped."""
         if self.dropped is None:
             return torch.zeros((), dtype=torch.int64, device=self.logits.device)
-        return (self.dropped if self.mask is None else self.dropped & self.mask[:, None]).sum()
+        present = self.present
+        return (self.dropped if present is None else self.dropped & present).sum()
+
+
+@dataclass(frozen=True)
+class LearnedNoise:
+    """The two parts of the logits of a noisy router (Shazeer et al. 2017, eq. 4)."""
+
+    clean_logits: Float[Tensor, "T E"]
+    """the logits without noise"""
+    std: Float[Tensor, "T E"]
+    """standard deviation of the noise on each logit, positive"""
+
+
+def _count(expert: Int[Tensor, "T n"], present: Bool[Tensor, "T n"] | None, n_experts: int) -> Int[Tensor, " E"]:
+    chosen = expert.flatten()
+    ones = torch.ones_like(chosen) if present is None else present.flatten().to(chosen.dtype)
+    return torch.zeros(n_experts, dtype=chosen.dtype, device=chosen.device).scatter_add_(0, chosen, ones)
 
 
 @dataclass(frozen=True)
