@@ -418,7 +418,7 @@ class RouterConfig:
         require(
             self.weights == "scores" or chosen in ("hash", "random", "all"),
             "weights",
-            f"is equal, so that nothing would train the router of {chosen}; it goes with selection hash, random and all",
+            f"is equal, so that nothing would train the router of {chosen}; it goes with hash, random and all",
         )
 
     @property
