@@ -7,6 +7,10 @@ from torch import Tensor, nn
 
 from moe.config import Activation, FeedForwardConfig
 
+GATED = ("swiglu", "swiglu_clamped")
+CLAMP, CLAMPED_SLOPE = 7.0, 1.702
+"""GPT-OSS: both halves within 7, a steeper gate (close to GELU), and a value that starts at 1 (its model card)."""
+
 
 class FeedForward(nn.Module):
     """W_out · activation(W_in x): the dense layer, and the shared experts of a mixture.
@@ -28,11 +32,15 @@ class FeedForward(nn.Module):
 
 def input_width(activation: Activation, d_ff: int) -> int:
     """Rows of W_in: two for each hidden unit of a gated activation, else one."""
-    return 2 * d_ff if activation == "swiglu" else d_ff
+    return 2 * d_ff if activation in GATED else d_ff
 
 
 def activate(hidden: Float[Tensor, "*T H"], activation: Activation) -> Float[Tensor, "*T F"]:
-    """Apply the activation to W_in x, where H = 2 F for swiglu (gate, then value) and H = F otherwise."""
+    """Apply the activation to W_in x, where H = 2 F for the gated ones (gate, then value) and H = F otherwise."""
+    if activation == "swiglu_clamped":
+        gate, value = hidden.chunk(2, dim=-1)
+        gate, value = gate.clamp(max=CLAMP), value.clamp(-CLAMP, CLAMP)
+        return gate * torch.sigmoid(CLAMPED_SLOPE * gate) * (value + 1)
     if activation == "swiglu":
         gate, value = hidden.chunk(2, dim=-1)
         return F.silu(gate) * value

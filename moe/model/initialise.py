@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from moe.model.router import Router
+
 RESIDUAL_OUTPUTS = ("attention.output.weight", "w_out", "w_out.weight")
 
 
@@ -16,16 +18,27 @@ def initialise(model: nn.Module, init_std: float, n_layers: int, seed: int) -> N
     Each parameter has a generator of its own, seeded by ``seed`` and its name: its values do not depend on what else
     the model holds, or on the order in which it is built. A stacked 3-D weight needs no fan-in here; initialisers that
     compute one from its shape are wrong by the root of its rows.
+
+    A router with learned noise starts from zeros, so that its noise spreads the tokens evenly (Shazeer et al. 2017,
+    appendix A); the vectors of constant experts from a standard normal (MoE++), a temperature where it is configured.
     """
     residual_std = init_std / math.sqrt(2 * n_layers)
+    noisy = {
+        f"{name}.{own}"
+        for name, r in model.named_modules()
+        if isinstance(r, Router) and r.noise_weight is not None
+        for own in ("weight", "noise_weight")
+    }
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue
         if name.endswith("norm.weight"):
             nn.init.ones_(parameter)
-        elif name.rsplit(".", 1)[-1] in ("bias", "b_in", "b_out"):
+        elif name.rsplit(".", 1)[-1] in ("bias", "b_in", "b_out") or name in noisy:
             nn.init.zeros_(parameter)
-        else:
+        elif name.endswith("special.constant"):
+            _normal_(parameter, 1.0, seed, name)
+        elif not name.endswith("router.temperature"):
             std = residual_std if name.endswith(RESIDUAL_OUTPUTS) else init_std
             _normal_(parameter, std, seed, name)
 

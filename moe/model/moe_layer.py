@@ -1,36 +1,96 @@
-"""The mixture-of-experts layer: router -> experts -> combine, and the shared experts beside them."""
+"""The mixture-of-experts layer: router -> experts -> combine, and what stands beside the experts."""
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
 from moe.model.experts import Experts
 from moe.model.feed_forward import FeedForward
 from moe.model.router import Router
+from moe.model.router.weights import straight_through_weights
 from moe.model.routing import Routing
+from moe.model.special_experts import SpecialExperts
 
 
 class MoELayer(nn.Module):
-    """y = Σ_k weight_k · expert_k(x) + shared(x) for each token on its own (Shazeer et al. 2017, eq. 1)."""
+    """y = Σ_k weight_k · expert_k(x) + shared(x) for each token on its own (Shazeer et al. 2017, eq. 1).
 
-    def __init__(self, config: ModelConfig) -> None:
+    ``layer`` is the block's number, from 0.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
-        self.router = Router(config.router, config.d_model, config.experts.n_experts)
+        self.router = Router(
+            config.router,
+            config.d_model,
+            config.routed_experts,
+            n_special=config.special.total,
+            n_zero=config.special.zero,
+            layer=layer,
+            first=layer <= config.moe_layers[0] if config.moe_layers else True,
+        )
         self.experts = Experts(config.experts, config.feed_forward, config.d_model)
+        self.special = SpecialExperts(config.special, config.d_model) if config.special.total else None
         self.shared = SharedExperts(config) if config.shared.n_experts else None
 
     def forward(
-        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"] | None = None
+        self,
+        x: Float[Tensor, "B S D"],
+        mask: Bool[Tensor, "B S"] | None = None,
+        *,
+        token_ids: Int[Tensor, "B S"] | None = None,
+        positions: Int[Tensor, "#B S"] | None = None,
+        previous_logits: Float[Tensor, "T E"] | None = None,
     ) -> tuple[Float[Tensor, "B S D"], Routing]:
-        """Return the layer's output and the routing of its B·S tokens; padding (``mask`` False) is not routed."""
+        """Return the layer's output and the routing of its B·S tokens; padding (``mask`` False) is not routed.
+
+        The other arguments are those of :meth:`~moe.model.router.Router.forward`, for the routers that need them.
+        """
         tokens = rearrange(x, "b s d -> (b s) d")
-        routing = self.router(tokens, None if mask is None else rearrange(mask, "b s -> (b s)"))
-        y = self.experts(tokens, routing)
+        routing = self.router(
+            tokens,
+            None if mask is None else rearrange(mask, "b s -> (b s)"),
+            token_ids=None if token_ids is None else rearrange(token_ids, "b s -> (b s)"),
+            positions=None if positions is None else positions.expand(x.shape[:2]).reshape(-1),
+            previous_logits=previous_logits,
+            n_sequences=x.shape[0],
+        )
+        y = self._weigh_then_compute(tokens, routing) if self._weighs_first else self.experts(tokens, routing)
+        if self.training and self.router.config.gradient == "all_experts" and torch.is_grad_enabled():
+            y = y + self._gradient_of_unselected(tokens, routing)
+        if self.special is not None:
+            y = y + self.special(tokens, routing).to(y.dtype)
         if self.shared is not None:
             y = y + self.shared(tokens)
         return rearrange(y, "(b s) d -> b s d", b=x.shape[0]), routing
+
+    @property
+    def _weighs_first(self) -> bool:
+        return self.router.config.apply == "before"
+
+    def _weigh_then_compute(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
+        """Σ_k expert_k(weight_k · x): Llama-4's order, in which the expert's activation sees the weight."""
+        weighted = rearrange(x[:, None] * routing.weights[..., None], "t k d -> (t k) d").to(x.dtype)
+        y: Tensor = self.experts(weighted, routing.one_row_a_place())
+        return rearrange(y, "(t k) d -> t k d", k=routing.top_k).sum(dim=1)
+
+    def _gradient_of_unselected(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
+        """Zeros that give the router a gradient from the experts it did not select (DenseMixer).
+
+        The experts themselves, and x through them, get none: they are computed without one.
+        """
+        config = self.router.config
+        weights = straight_through_weights(routing.scores, routing.selected, config.normalise, config.scale)
+        if routing.mask is not None:
+            weights = weights.masked_fill(~routing.mask[:, None], 0.0)
+        zero = torch.zeros_like(x, dtype=weights.dtype)
+        for expert, weight in enumerate(weights.unbind(dim=1)):
+            with torch.no_grad():
+                output = self.experts.one(expert, x)
+            zero = zero + weight[:, None] * output
+        return zero.to(x.dtype)
 
 
 class SharedExperts(nn.Module):

@@ -1,7 +1,7 @@
 """A routing decision is a value: what the router decided for every token, and what can be derived from it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,7 +43,7 @@ class Routing:
     @property
     def n_tokens(self) -> int:
         """T, padding included."""
-        return self.logits.shape[0]
+        return self.selected.shape[0]
 
     @property
     def n_experts(self) -> int:
@@ -84,6 +84,24 @@ class Routing:
             return carried_out
         to_mlp = self.selected < self.n_mlps
         return to_mlp if carried_out is None else carried_out & to_mlp
+
+    def dropping(self, dropped: Bool[Tensor, "T K"]) -> "Routing":
+        """This routing with those assignments dropped: they are still counted as load, and their weight is 0."""
+        return replace(self, dropped=dropped, weights=self.weights.masked_fill(dropped, 0.0))
+
+    def one_row_a_place(self) -> "Routing":
+        """The T·K places as single choices of as many tokens, of weight 1 where carried out, else 0."""
+        carried_out = self.carried_out
+        kept = None if carried_out is None else carried_out.view(-1, 1)
+        ones = torch.ones_like(self.weights).view(-1, 1)
+        return Routing(
+            logits=self.logits.repeat_interleave(self.top_k, dim=0),
+            scores=self.scores.repeat_interleave(self.top_k, dim=0),
+            selected=self.selected.view(-1, 1),
+            weights=ones if kept is None else ones * kept,
+            assigned=kept,
+            n_special=self.n_special,
+        )
 
     def real_tokens(self) -> Int[Tensor, ""]:
         """Number of tokens that are not padding, as a tensor (no host synchronisation)."""

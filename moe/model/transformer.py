@@ -4,6 +4,8 @@ Shapes: B batch, S sequence, T = B·S tokens, D model width, F expert hidden wid
 N = T·K assignments, H heads, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -58,13 +60,15 @@ class Transformer(nn.Module):
         """:meth:`forward` without the head: what the head multiplies, for a loss that never holds all logits."""
         positions, visible = self._positions_and_visibility(tokens, mask, cache)
         rotation = rotation_of(positions, self.config.attention.head_dim, self.config.attention.rope_theta)
+        batch = Batch(tokens, mask, positions, rotation, visible)
         x = self.dropout(self.embedding(tokens))
-        routings = []
+        routings: list[Routing] = []
         for block in self.blocks:
+            previous_logits = routings[-1].logits if routings and self.config.router.residual else None
             if self.activation_checkpointing and self.training and cache is None:
-                x, routing = checkpoint(block, x, rotation, visible, mask, use_reentrant=False)
+                x, routing = checkpoint(block, x, batch, previous_logits, use_reentrant=False)
             else:
-                x, routing = block(x, rotation, visible, mask, cache)
+                x, routing = block(x, batch, previous_logits, cache)
             if routing is not None:
                 routings.append(routing)
         return self.norm(x), routings
@@ -74,14 +78,16 @@ class Transformer(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def num_active_params(self) -> int:
-        """Parameters that one token uses, embedding and head included: of E routed experts, K."""
+        """Parameters that one token uses, embedding and head included: of E routed experts, K.
+
+        Where the number varies from token to token, K is what it is steered to. A special expert counts as an MLP.
+        """
         unused = 0
         for module in self.modules():
             if isinstance(module, MoELayer):
                 routed = sum(parameter.numel() for parameter in module.experts.parameters())
-                unused += (
-                    routed // self.config.experts.n_experts * (self.config.experts.n_experts - self.config.router.top_k)
-                )
+                n_experts = self.config.experts.n_experts
+                unused += routed // n_experts * (n_experts - min(n_experts, self.config.experts_per_token))
         return self.num_params() - unused
 
     def _positions_and_visibility(
@@ -99,6 +105,19 @@ class Transformer(nn.Module):
         return positions, visible_keys(real, tokens.shape[1])
 
 
+class Batch(NamedTuple):
+    """What every block needs to know of the tokens beside their hidden states."""
+
+    tokens: Int[Tensor, "B S"]
+    mask: Bool[Tensor, "B S"] | None
+    """False for padding"""
+    positions: Int[Tensor, "#B S"]
+    rotation: tuple[Tensor, Tensor]
+    """of queries and keys at these positions"""
+    visible: Bool[Tensor, "B 1 S L"] | None
+    """the keys that a query may see; None: plainly causal"""
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
@@ -108,7 +127,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.feed_forward_norm = norm(config)
         self.feed_forward: MoELayer | FeedForward = (
-            MoELayer(config)
+            MoELayer(config, layer)
             if layer in config.moe_layers
             else FeedForward(config.feed_forward, config.d_model, config.dense_width(layer))
         )
@@ -117,16 +136,24 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B S D"],
-        rotation: tuple[Tensor, Tensor],
-        visible: Bool[Tensor, "B 1 S L"] | None,
-        mask: Bool[Tensor, "B S"] | None,
+        batch: Batch,
+        previous_logits: Float[Tensor, "T E"] | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Float[Tensor, "B S D"], Routing | None]:
-        """Return the new residual stream, and the routing where the feed-forward is a mixture."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, visible, cache))
+        """Return the new residual stream, and the routing where the feed-forward is a mixture.
+
+        ``previous_logits`` are those of the mixture before, for a router that builds on them.
+        """
+        x = x + self.dropout(self.attention(self.attention_norm(x), batch.rotation, batch.visible, cache))
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoELayer):
-            y, routing = self.feed_forward(normed, mask)
+            y, routing = self.feed_forward(
+                normed,
+                batch.mask,
+                token_ids=batch.tokens,
+                positions=batch.positions,
+                previous_logits=previous_logits,
+            )
         else:
             y, routing = self.feed_forward(normed), None
         return x + self.dropout(y), routing

@@ -18,7 +18,7 @@ from moe.model.experts.grouped import sort_by_expert
 from moe.model.experts.segments import ROWS, lay_out
 from moe.model.feed_forward import input_width
 from moe.model.routing import Routing
-from moe.model.transformer import Block
+from moe.model.transformer import Batch, Block
 
 Backend = Callable[[Tensor, Routing, ExpertWeights], Tensor]
 
@@ -504,7 +504,8 @@ def test_a_compiled_block_equals_the_eager_one_and_is_not_compiled_again(
         if not name.endswith("norm.weight"):
             nn.init.normal_(parameter, std=0.2, generator=generator)
     block = block.to(dtype)
-    rotation = rotation_of(torch.arange(16)[None], 8, 10_000.0)
+    positions = torch.arange(16)[None]
+    rotation = rotation_of(positions, 8, 10_000.0)
     compiled = torch.compile(block, backend="aot_eager")
 
     graphs, loads = [], []
@@ -513,9 +514,10 @@ def test_a_compiled_block_equals_the_eager_one_and_is_not_compiled_again(
         if trial == 3:  # equal tokens have equal experts: the others are left empty
             x = x[:1, :1].repeat(2, 16, 1)
         x = x.to(dtype).requires_grad_()
-        y, routing = compiled(x, rotation, None, None)
+        batch = Batch(torch.zeros(x.shape[:2], dtype=torch.int64), None, positions, rotation, None)
+        y, routing = compiled(x, batch)
         (grad,) = torch.autograd.grad(y.float().square().sum(), x)
-        expected, _ = block(x, rotation, None, None)
+        expected, _ = block(x, batch)
         (expected_grad,) = torch.autograd.grad(expected.float().square().sum(), x)
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(grad, expected_grad)

@@ -30,7 +30,7 @@ def test_activations_on_paper(activation: str, hidden: list[float], expected: li
     torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("activation", "width"), [("swiglu", 20), ("gelu", 10), ("relu", 10)])
+@pytest.mark.parametrize(("activation", "width"), [("swiglu", 20), ("swiglu_clamped", 20), ("gelu", 10), ("relu", 10)])
 def test_a_gated_activation_needs_two_rows_a_hidden_unit(activation: str, width: int) -> None:
     assert input_width(activation, 10) == width
     assert FeedForward(FeedForwardConfig(activation=activation), 4, 10).w_in.weight.shape == (width, 4)
@@ -48,7 +48,7 @@ def test_one_unit_on_paper(bias: bool, expected: float) -> None:
     assert layer(torch.tensor([[3.0]])).item() == expected
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_clamped", "gelu", "relu"])
 def test_every_token_is_mapped_on_its_own(activation: str) -> None:
     layer = FeedForward(FeedForwardConfig(activation=activation, bias=True), 6, 8).double()
     x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -58,3 +58,15 @@ def test_every_token_is_mapped_on_its_own(activation: str) -> None:
 
     one_by_one = torch.stack([torch.stack([alone(token) for token in row]) for row in x])
     torch.testing.assert_close(layer(x), one_by_one)
+
+
+def test_the_clamped_activation_on_paper() -> None:
+    """Gate 10 counts as 7, a gate far below 0 as itself; values stay within 7, and have 1 added."""
+
+    def clamped(gate: float, value: float) -> float:
+        return activate(torch.tensor([[gate, value]], dtype=torch.float64), "swiglu_clamped").item()
+
+    assert clamped(10.0, 2.0) == pytest.approx(7 / (1 + math.exp(-1.702 * 7)) * 3)
+    assert clamped(1.0, 20.0) == pytest.approx(1 / (1 + math.exp(-1.702)) * 8)
+    assert clamped(-30.0, -20.0) == pytest.approx(-30 / (1 + math.exp(1.702 * 30)) * -6)
+    assert clamped(1.0, -1.0) == 0.0

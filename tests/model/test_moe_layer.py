@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe.config import ExpertsConfig, FeedForwardConfig, ModelConfig, RouterConfig, SharedExpertsConfig
+from moe.config import CapacityConfig, ExpertsConfig, FeedForwardConfig, ModelConfig, RouterConfig, SharedExpertsConfig
 from moe.model.experts import Experts
 from moe.model.feed_forward import FeedForward
 from moe.model.moe_layer import MoELayer
@@ -167,3 +167,77 @@ def test_padding_gets_nothing_from_the_experts() -> None:
     assert y[~mask].eq(0).all()
     torch.testing.assert_close(y[mask], layer(x)[0][mask])
     assert routing.counts().sum() == 5 * 2
+
+
+# ------------------------------------------------------------------------------------------- weights before the expert
+
+
+@pytest.mark.parametrize("backend", ["reference", "segments"])
+def test_a_weight_before_the_expert_is_seen_by_its_activation(backend: str) -> None:
+    """Σ_k expert_k(weight_k · x), which is not Σ_k weight_k · expert_k(x)."""
+    layer = layer_of(
+        experts=ExpertsConfig(n_experts=4, d_ff=20, backend=backend),
+        router=RouterConfig(top_k=2, apply="before", score="sigmoid", normalise=False),
+    )
+    x = draw(2, 5)
+
+    y, routing = layer(x)
+
+    tokens = x.flatten(0, 1)
+    by_hand = torch.stack(
+        [
+            sum(
+                layer.experts.one(expert, weight * token[None])[0]
+                for expert, weight in zip(routing.selected[t].tolist(), routing.weights[t], strict=True)
+            )
+            for t, token in enumerate(tokens)
+        ]
+    )
+    torch.testing.assert_close(y.flatten(0, 1), by_hand)
+    assert not torch.allclose(y.flatten(0, 1), layer.experts(tokens, routing))
+
+
+def test_a_dropped_token_gets_nothing_even_from_experts_with_biases() -> None:
+    """expert(0 · x) is the expert's bias, not 0."""
+    layer = layer_of(
+        feed_forward=FeedForwardConfig(bias=True),
+        router=RouterConfig(
+            top_k=1, apply="before", score="sigmoid", normalise=False, capacity=CapacityConfig(factor=0.25)
+        ),
+    )
+
+    y, routing = layer(draw(1, 16))
+
+    dropped = routing.dropped[:, 0]
+    assert 0 < dropped.sum() < 16
+    assert y[0, dropped].eq(0).all()
+    assert y[0, ~dropped].abs().sum(-1).gt(0).all()
+
+
+def test_a_dropped_assignment_adds_exactly_zero_and_the_kept_one_is_not_renormalised() -> None:
+    layer = layer_of(router=RouterConfig(top_k=2, capacity=CapacityConfig(factor=0.5)))
+    x = draw(1, 16)
+
+    y, routing = layer(x)
+    dropless, everything = layer.eval()(x)
+
+    assert everything.dropped is None
+    assert torch.equal(everything.counts(), routing.counts())
+    kept = ~routing.dropped
+    assert torch.equal(routing.weights[kept], everything.weights[kept])
+    assert routing.weights[~kept].eq(0).all()
+    both = kept.all(dim=1)
+    torch.testing.assert_close(y[0, both], dropless[0, both])
+    assert y[0, ~kept.any(dim=1)].eq(0).all()
+
+
+def test_all_experts_normalised_are_the_dense_mixture() -> None:
+    """k = E: the softmax-weighted sum of every expert."""
+    layer = layer_of(router=RouterConfig(top_k=4))
+    x = draw(1, 7)
+
+    y, _ = layer(x)
+
+    probability = (x[0] @ layer.router.weight.T).softmax(-1)
+    by_hand = sum(probability[:, e : e + 1] * layer.experts.one(e, x[0]) for e in range(4))
+    torch.testing.assert_close(y[0], by_hand, rtol=1e-12, atol=1e-12)

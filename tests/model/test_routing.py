@@ -114,3 +114,60 @@ def test_an_expert_is_dead_below_a_tenth_of_its_fair_share() -> None:
 
 def test_dropped_is_a_share_of_all_assignments() -> None:
     assert summarise_load(torch.tensor([9, 3]), dropped=3).dropped == 0.25
+
+
+# ----------------------------------------------------------------------------- empty places, special experts, sequences
+
+EMPTY = torch.tensor([[True, False], [True, True], [False, False]])
+"""False where a place holds no assignment"""
+
+
+def test_empty_places_are_neither_counted_nor_executed_nor_dropped() -> None:
+    """Three tokens; the last is padding, the third place of the first two is empty, and one assignment is dropped."""
+    three = routing([[0, 1], [1, 2], [3, 1]], 5, assigned=EMPTY, dropped=DROPPED)
+
+    assert three.counts().tolist() == [1, 1, 1, 0, 0]
+    assert three.dropped_count().item() == 0  # the dropped places are empty ones
+    assert three.executed.tolist() == [[True, False], [True, True], [False, False]]
+
+
+def test_an_mlp_executes_no_assignment_to_a_special_expert() -> None:
+    """Experts 3 and 4 of 5 are special."""
+    three = routing([[0, 3], [4, 2], [3, 1]], 5, n_special=2)
+
+    assert three.n_mlps == 3
+    assert three.counts().tolist() == [1, 1, 1, 2, 1]
+    assert three.executed.tolist() == [[True, False], [False, True], [False, True]]
+    assert three.carried_out is None
+
+
+def test_first_choices_are_counted_apart() -> None:
+    three = routing([[0, 1], [1, 2], [3, 1]], 5, mask=PADDING)
+
+    assert three.first_choice_counts().tolist() == [1, 1, 0, 0, 0]
+
+
+def test_counts_of_each_sequence() -> None:
+    """Two sequences of two tokens; the last token is padding."""
+    mask = torch.tensor([True, True, True, False])
+    four = routing([[0, 1], [1, 2], [0, 2], [1, 2]], 3, n_sequences=2, mask=mask)
+
+    assert four.sequence_counts().tolist() == [[1, 2, 1], [1, 0, 1]]
+
+
+def test_dropping_sets_weights_to_exactly_zero_and_leaves_the_load() -> None:
+    three = routing([[0, 1], [1, 2], [3, 1]], 5)
+
+    lighter = three.dropping(DROPPED)
+
+    assert lighter.weights.tolist() == [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
+    assert lighter.counts().tolist() == three.counts().tolist()
+    assert lighter.dropped_count().item() == 3
+
+
+def test_every_place_as_a_token_of_its_own() -> None:
+    rows = routing([[0, 1], [1, 2], [3, 1]], 5, dropped=DROPPED).one_row_a_place()
+
+    assert rows.selected.tolist() == [[0], [1], [1], [2], [3], [1]]
+    assert rows.weights.tolist() == [[1.0], [0.0], [1.0], [1.0], [0.0], [0.0]]
+    assert rows.counts().tolist() == [1, 1, 1, 0, 0]

@@ -22,7 +22,7 @@ from moe.model.cache import KVCache
 from moe.model.feed_forward import FeedForward
 from moe.model.moe_layer import MoELayer
 from moe.model.routing import Routing
-from moe.model.transformer import Transformer
+from moe.model.transformer import Batch, Transformer
 from moe.parallel.world import World
 from moe.training.head_loss import head_loss
 from moe.training.objective import Objective, StepCounts, compose
@@ -459,7 +459,9 @@ def test_a_block_adds_each_branch_to_the_stream_it_norms() -> None:
     middle = x + block.attention(unit(x), still, None)
     expected = middle + block.feed_forward(unit(middle))
 
-    torch.testing.assert_close(block(x, still, None, None)[0], expected)
+    torch.testing.assert_close(
+        block(x, Batch(torch.zeros(1, 4), None, torch.arange(4)[None], still, None))[0], expected
+    )
 
 
 def test_a_model_needs_a_vocabulary() -> None:

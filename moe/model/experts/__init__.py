@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe.config import ExpertBackend, ExpertsConfig, FeedForwardConfig
 from moe.model.experts import grouped, segments
 from moe.model.experts.grouped import grouped_experts
-from moe.model.experts.reference import reference_experts
+from moe.model.experts.reference import one_expert, reference_experts
 from moe.model.experts.segments import segment_experts
 from moe.model.experts.weights import ExpertWeights
 from moe.model.feed_forward import input_width
@@ -46,8 +46,16 @@ class Experts(nn.Module):
 
     def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
         """Send each token through its selected experts and sum their weighted outputs."""
-        weights = ExpertWeights(self.w_in, self.w_out, self.b_in, self.b_out, self.activation)
-        return _BACKENDS[choose_backend(self.backend, x, weights)](x, routing, weights)
+        return _BACKENDS[choose_backend(self.backend, x, self.weights)](x, routing, self.weights)
+
+    def one(self, expert: int, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        """The output of one expert for every token, unweighted."""
+        return one_expert(x, expert, self.weights)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The parameters as a back-end is given them."""
+        return ExpertWeights(self.w_in, self.w_out, self.b_in, self.b_out, self.activation)
 
 
 def choose_backend(wanted: ExpertBackend, x: Tensor, weights: ExpertWeights) -> ExpertBackend:

@@ -64,14 +64,14 @@ def sort_by_expert(
     """
     expert = routing.selected.flatten()
     executed = routing.executed
-    key = expert if executed is None else expert.where(executed.flatten(), routing.n_experts)
+    key = expert if executed is None else expert.where(executed.flatten(), routing.n_mlps)
     sorted_key, order = key.sort(stable=True)
-    experts = torch.arange(routing.n_experts, device=key.device, dtype=key.dtype)
+    experts = torch.arange(routing.n_mlps, device=key.device, dtype=key.dtype)
     ends = torch.searchsorted(sorted_key, experts, right=True).to(torch.int32)
     if executed is None:
         return order, ends, sorted_key, None
-    computed = sorted_key < routing.n_experts
-    return order, ends, sorted_key.clamp(max=routing.n_experts - 1), computed
+    computed = sorted_key < routing.n_mlps
+    return order, ends, sorted_key.clamp(max=routing.n_mlps - 1), computed
 
 
 def combine(output: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "T D"]:

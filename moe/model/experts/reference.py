@@ -18,10 +18,15 @@ def reference_experts(x: Float[Tensor, "T D"], routing: Routing, weights: Expert
     """
     combined = torch.zeros_like(x, dtype=routing.weights.dtype)
     executed = routing.executed
-    for expert in range(routing.n_experts):
+    for expert in range(routing.n_mlps):
         chosen = routing.selected == expert
         token, choice = torch.where(chosen if executed is None else chosen & executed)
-        hidden = activate(F.linear(x[token], weights.w_in[expert], weights.bias_in(expert)), weights.activation)
-        output = F.linear(hidden, weights.w_out[expert], weights.bias_out(expert))
+        output = one_expert(x[token], expert, weights)
         combined = combined.index_add(0, token, output.to(combined.dtype) * routing.weights[token, choice, None])
     return combined.to(x.dtype)
+
+
+def one_expert(x: Float[Tensor, "n D"], expert: int, weights: ExpertWeights) -> Float[Tensor, "n D"]:
+    """W_out · activation(W_in x) of one expert, biases included."""
+    hidden = activate(F.linear(x, weights.w_in[expert], weights.bias_in(expert)), weights.activation)
+    return F.linear(hidden, weights.w_out[expert], weights.bias_out(expert))

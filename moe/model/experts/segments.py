@@ -64,7 +64,7 @@ class Segments(NamedTuple):
 
 def lay_out(routing: Routing) -> Segments:
     """Give each expert a segment and each assignment a row, in the order of the tokens."""
-    n_experts, n_tokens, top_k = routing.n_experts, routing.n_tokens, routing.top_k
+    n_experts, n_tokens, top_k = routing.n_mlps, routing.n_tokens, routing.top_k
     expert = routing.selected.flatten()
     executed = routing.executed
     if executed is not None:

@@ -1,0 +1,50 @@
+"""From scores to the weights of the selected experts, and to the gradient of those that were not selected."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def combine_weights(
+    scores: Float[Tensor, "T K"],
+    normalise: bool,
+    scale: float,
+    weighted: Bool[Tensor, "T K"] | None = None,
+    *,
+    may_vanish: bool = False,
+) -> Float[Tensor, "T K"]:
+    """The selected experts' ``scores``, divided by their sum if ``normalise``, times ``scale`` (once, in both cases).
+
+    Softmax over all experts, top-k and normalisation equal a softmax over the k selected logits (Jiang et al. 2024,
+    Mixtral, section 2.1). Places that are not ``weighted`` get 0 and no part of the sum. ``may_vanish`` says that a
+    sum can be 0 (sigmoids of large negative logits): the weights are 0 then, not NaN.
+    """
+    if weighted is not None:
+        scores = scores.masked_fill(~weighted, 0.0)
+    if normalise:
+        total = scores.sum(dim=-1, keepdim=True)
+        if may_vanish or weighted is not None:
+            total = total.clamp(min=torch.finfo(scores.dtype).tiny)
+        scores = scores / total
+    return scores * scale
+
+
+def equal_scores(selected: Int[Tensor, "T K"], n_experts: int, dtype: torch.dtype) -> Float[Tensor, "T E"]:
+    """The scores of a rule that computes none: one over K for each of a token's K experts, 0 for the others."""
+    n_tokens, top_k = selected.shape
+    zeros = torch.zeros(n_tokens, n_experts, dtype=dtype, device=selected.device)
+    return zeros.scatter_(-1, selected, 1.0 / top_k)
+
+
+def straight_through_weights(
+    scores: Float[Tensor, "T E"], selected: Int[Tensor, "T K"], normalise: bool, scale: float
+) -> Float[Tensor, "T E"]:
+    """Exact zeros with the gradient of the weights that the unselected experts would have had (DenseMixer).
+
+    The selection counts as the identity in the backward pass: the score of every expert gets ⟨dL/dy, expert(x)⟩. With
+    ``normalise`` the sum over the selected experts divides, as a constant for those that were not selected.
+    """
+    unselected = scores.scatter(-1, selected, 0.0)
+    if normalise:
+        unselected = unselected / scores.detach().gather(-1, selected).sum(dim=-1, keepdim=True)
+    return scale * (unselected - unselected.detach())
