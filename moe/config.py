@@ -6,7 +6,10 @@ file needs nothing but the standard library, so that a layer can be built from a
 reading files and flags into these classes is the work of :mod:`moe.config_file`.
 """
 
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any, Literal
 
 NormKind = Literal["rmsnorm", "layernorm"]
@@ -99,6 +102,42 @@ def _in_unit_interval(section: Any, *keys: str) -> None:
     for key in keys:
         value = getattr(section, key)
         require(0 <= value <= 1, key, f"is {value}, and must lie between 0 and 1")
+
+
+def shown(value: object) -> str:
+    """``value`` as a configuration writes it: true, null, 0.5, top_k."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+Definition = Callable[[Preset], Mapping[str, tuple[object, str]]]
+_definition: Definition | None = None
+
+
+def learn_presets(definition: Definition) -> None:
+    """Let configurations know what a preset's name stands for: dotted key below ``model.`` -> value and reason.
+
+    :mod:`moe.presets` calls this when it is imported, because this file reads no YAML.
+    """
+    global _definition
+    _definition = definition
+
+
+def _require_what_the_name_means(preset: Preset | None, section: Any, prefix: str) -> None:
+    """Refuse a ``section`` of the model that bears the name of a preset without being one."""
+    if preset is None:
+        return
+    if _definition is None:
+        raise ConfigError("preset", f"is {preset}, but nothing has filled it in: use moe.presets.model_config")
+    for key, (value, reason) in _definition(preset).items():
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            actual = attrgetter(name)(section)
+            require(
+                actual == value,
+                name,
+                f"is {shown(actual)}, but preset {preset} means {shown(value)}: {reason}; "
+                "leave it out, or set the preset to null and every axis yourself",
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -295,6 +334,7 @@ class RouterConfig:
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
 
     def __post_init__(self) -> None:
+        _require_what_the_name_means(self.preset, self, "router.")
         _at_least(self, 1, "top_k", "projection_width", "n_groups", "top_groups")
         _at_least(self, 0, "jitter")
         require(self.jitter < 1, "jitter", f"is {self.jitter}, and must be below 1")
@@ -539,6 +579,7 @@ class ModelConfig:
         require(self.dropout < 1, "dropout", "is 1: nothing would be left")
         require(self.norm_eps > 0, "norm_eps", f"is {self.norm_eps}, and must be positive")
         require(self.init_std > 0, "init_std", f"is {self.init_std}: a zero router would send every token one way")
+        _require_what_the_name_means(self.router.preset, self, "")
         self._require_a_router_that_fits()
         self._require_losses_that_act()
         mixtures = sum(self.is_moe_layer(layer) for layer in range(self.n_layers))
@@ -578,7 +619,7 @@ class ModelConfig:
             require(
                 router.group_score == "max" or size >= 2,
                 "router.group_score",
-                "is top_two, but a group has one expert; set it to max",
+                f"is top_two, but with n_groups = {router.n_groups} a group has one expert; take fewer groups, or max",
             )
         if self.special.total:
             require(

@@ -1,9 +1,11 @@
 """From one YAML file, and the flags that follow it, to a checked :class:`~moe.config.Config`; and back to YAML.
 
 The file nests its keys as the dataclasses do (a dotted key, ``model.router.top_k: 4``, is the same in short), and a
-flag names the same key: ``--model.router.top_k 4``. Flags replace what the file says; only then is everything checked,
-once: names first, then types (by pydantic, strictly: an int is neither ``true`` nor ``1.0`` nor ``"4"``), then the
-checks of :mod:`moe.config`. Every problem becomes one line that names its file and line, or its flag.
+flag names the same key: ``--model.router.top_k 4``. Flags replace what the file says. A preset that the file names
+lies under the file's other keys; one that a flag names replaces what the file says of the keys it sets, and the file's
+own preset altogether. Only then is everything checked, once: names first, then types (by pydantic, strictly: an int is
+neither ``true`` nor ``1.0`` nor ``"4"``), then the checks of :mod:`moe.config`. Every problem becomes one line that
+names its file and line, or its flag.
 
 Scalars follow YAML 1.2, so ``3e-4`` is a number and ``yes`` is text, in files and in flags alike. A setting whose
 value is text takes what is written, whatever it looks like: ``--run.name 3`` is the name "3".
@@ -27,10 +29,15 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 import moe.config
+from moe import presets
 from moe.config import Config, ConfigError
 from moe.errors import UserError
 
 Scalar = str | int | float | bool | None
+
+MODEL = "model."
+"""the section whose keys presets set"""
+PRESET = MODEL + presets.KEY
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -171,6 +178,10 @@ class _Reading:
     """line of the file on which a setting or a section stands, by dotted key"""
     flagged: list[str] = field(default_factory=list)
     """the dotted keys that flags set"""
+    preset: str | None = None
+    """the preset in force"""
+    preset_keys: set[str] = field(default_factory=set)
+    """the dotted keys whose value is the preset's"""
     problems: list[tuple[float, int, str]] = field(default_factory=list)
     """line of the file (infinity without one), position of the flag (0 without one), and message"""
 
@@ -223,8 +234,21 @@ class _Reading:
             else:
                 self.values[key] = text if settings()[key].is_text else _scalar(text)
 
+    def _lay_preset(self) -> None:
+        """Fill in what the preset sets: under the file's keys if the file names it, over them if a flag does."""
+        name = self.values.get(PRESET)
+        if not isinstance(name, str) or name not in presets.presets():
+            return  # none; or no preset, which the check of types will say
+        self.preset = name
+        stronger = self.flagged if PRESET in self.flagged else list(self.values)
+        for key, value in presets.presets()[name].set.items():
+            if MODEL + key not in stronger:
+                self.values[MODEL + key] = value
+                self.preset_keys.add(MODEL + key)
+
     def check(self) -> Config:
         """The configuration, or every problem at once."""
+        self._lay_preset()
         for key, value in list(self.values.items()):
             if isinstance(value, str) and not value.isprintable():  # a line break or NUL in a path, a lone surrogate
                 self._problem(key, f"is {json.dumps(value)}, which holds a character that cannot be printed")
@@ -241,15 +265,24 @@ class _Reading:
     def _explain(self, key: str, conflict: object) -> None:
         """Note what pydantic refused: a ``conflict`` that the section ``key`` found, or the type of the setting."""
         if isinstance(conflict, ConfigError):
-            self._problem(_join(key, conflict.key), conflict.reason)
+            blamed, reason = _join(key, conflict.key), conflict.reason
+            if self.preset is not None and blamed.startswith(MODEL):
+                overridden = {key.removeprefix(MODEL) for key in self.values.keys() - self.preset_keys}
+                reason = presets.explain(self.preset, blamed.removeprefix(MODEL), reason, overridden)
+            self._problem(blamed, reason)
             return
         setting, value = settings()[key], self.values[key]
         guess = _nearest(str(value), setting.choices)
         self._problem(key, f"must be {setting.kind}, not {_show(value)}{_did_you_mean(guess)}")
 
     def _problem(self, key: str, what: str) -> None:
-        """Note a problem where ``key`` was set: by a flag, on a line, or nowhere (then: where it could be set)."""
-        if key in self.flagged:
+        """Note a problem where ``key`` was set: by a flag, on a line, by a preset (then: where that was named), or
+        nowhere (then: where it could be set)."""
+        if key in self.preset_keys and PRESET in self.flagged:
+            self.problems.append((math.inf, 1 + self.flagged.index(PRESET), f"--{PRESET} {self.preset}: {key} {what}"))
+        elif key in self.preset_keys:
+            self._at_line(self.lines[PRESET], f"{key} {what}")
+        elif key in self.flagged:
             self.problems.append((math.inf, 1 + self.flagged.index(key), f"--{key} {what}"))
         elif key in self.lines:
             self._at_line(self.lines[key], f"{key} {what}")
@@ -407,7 +440,7 @@ def help_text(usage: str, also: Mapping[str, str] = NOTHING, width: int = 100) -
         blocks.append(_table(also.items(), column, width))
     blocks.append(
         "Settings, with their defaults. A configuration file nests the same names: --model.d_model 64 is\n"
-        "model: {d_model: 64}. A flag wins over the file."
+        "model: {d_model: 64}. A flag wins over the file, and so does all that a preset in a flag sets."
     )
     for key, section in sections().items():
         if rows[key]:
@@ -422,13 +455,16 @@ def _help_row(setting: Setting) -> tuple[str, str]:
 
 
 def _table(rows: Iterable[tuple[str, str]], column: int, width: int) -> str:
-    """Two columns, the second wrapped, from ``column`` to ``width``; what stands in brackets stays on one line."""
+    """Two columns, the second wrapped, from ``column`` to ``width``; what stands in brackets stays on one line, if it
+    fits on one."""
     wrapper = textwrap.TextWrapper(width, subsequent_indent=" " * column, break_on_hyphens=False)
     lines = []
     for left, right in rows:
         wrapper.initial_indent = f"  {left}".ljust(column)
-        unbroken = re.sub(r"\[[^]]*\]$", lambda bracket: bracket[0].replace(" ", "\N{NO-BREAK SPACE}"), right)
-        lines.append(wrapper.fill(unbroken).replace("\N{NO-BREAK SPACE}", " "))
+        bracket = re.search(r"\[[^]]*\]$", right)
+        if bracket and len(bracket[0]) <= width - column:
+            right = right[: bracket.start()] + bracket[0].replace(" ", "\N{NO-BREAK SPACE}")
+        lines.append(wrapper.fill(right).replace("\N{NO-BREAK SPACE}", " "))
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """Every check of moe/config.py refuses what it should and names the setting; derived numbers are worked out by hand."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from moe.config import (
     AttentionConfig,
     BalanceConfig,
+    CapacityConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -19,8 +21,21 @@ from moe.config import (
     RunConfig,
     ScheduleConfig,
     SharedExpertsConfig,
+    SpecialExpertsConfig,
     TrainingConfig,
 )
+
+
+def model(router: dict[str, Any] | None = None, **sections: Any) -> ModelConfig:
+    """A model whose router has these settings, without a load-balancing loss unless ``balance`` says so."""
+    return ModelConfig(
+        router=RouterConfig(**(router or {})), **{"balance": BalanceConfig(load_balance=0.0), **sections}
+    )
+
+
+GROUPS = {"selection": "group_limited", "n_groups": 4, "top_groups": 2}
+HASH = {"selection": "hash", "weights": "equal"}
+RELU = {"score": "relu", "normalise": False}
 
 REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     # key that is blamed, part of the reason, what is built
@@ -39,6 +54,115 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("top_k", "at least 1", lambda: RouterConfig(top_k=0)),
     ("scale", "positive", lambda: RouterConfig(scale=0.0)),
     ("normalise", "no gradient", lambda: RouterConfig(top_k=1)),
+    # ---- the router's axes, each alone
+    ("top_groups", "at least 1", lambda: RouterConfig(**{**GROUPS, "top_groups": 0})),
+    ("jitter", "at least 0", lambda: RouterConfig(jitter=-0.1)),
+    ("jitter", "below 1", lambda: RouterConfig(jitter=1.0)),
+    ("temperature", "positive", lambda: RouterConfig(projection="cosine", temperature=0.0)),
+    ("logit_norm", "positive", lambda: RouterConfig(logit_norm=0.0)),
+    ("threshold", "positive", lambda: RouterConfig(selection="top_p", threshold=0.0)),
+    ("threshold", "at most 1", lambda: RouterConfig(selection="top_p", threshold=1.5)),
+    ("sampling_margin", "positive", lambda: RouterConfig(selection="sampled", sampling_margin=-0.01)),
+    ("second_choice", "positive", lambda: RouterConfig(second_choice=0.0)),
+    ("bias_rate", "positive", lambda: RouterConfig(selection_bias="sign", bias_rate=0.0)),
+    # ---- keys that would do nothing
+    ("projection_width", "projection is linear", lambda: RouterConfig(projection_width=8)),
+    ("temperature", "projection is two_layer", lambda: RouterConfig(projection="two_layer", temperature=0.5)),
+    ("n_groups", "selection is top_k", lambda: RouterConfig(n_groups=4)),
+    ("top_groups", "selection is top_k", lambda: RouterConfig(top_groups=4)),
+    ("group_score", "not group_limited", lambda: RouterConfig(group_score="max")),
+    ("threshold", "selection is top_k", lambda: RouterConfig(threshold=0.4)),
+    ("sampling_margin", "selection is top_k", lambda: RouterConfig(sampling_margin=0.01)),
+    ("bias_rate", "selection_bias is quantile", lambda: RouterConfig(selection_bias="quantile", bias_rate=0.1)),
+    ("n_groups", "group_limited needs it", lambda: RouterConfig(selection="group_limited", top_groups=2)),
+    ("top_groups", "group_limited needs it", lambda: RouterConfig(selection="group_limited", n_groups=2)),
+    ("top_groups", "more than n_groups = 4", lambda: RouterConfig(**{**GROUPS, "top_groups": 5})),
+    ("bias", "computes no logits", lambda: RouterConfig(**HASH, bias=True)),
+    ("residual", "computes no logits", lambda: RouterConfig(**HASH, residual=True)),
+    ("jitter", "computes no logits", lambda: RouterConfig(**HASH, jitter=0.01)),
+    ("logit_norm", "computes no logits", lambda: RouterConfig(**HASH, logit_norm=1.0)),
+    ("projection", "computes no logits", lambda: RouterConfig(**HASH, projection="cosine")),
+    ("factor", "dropless", lambda: CapacityConfig(factor=0.0)),
+    ("order", "nothing is ever dropped", lambda: CapacityConfig(order="score")),
+    ("scope", "nothing is ever dropped", lambda: CapacityConfig(scope="sequence")),
+    ("in_evaluation", "nothing is ever dropped", lambda: CapacityConfig(in_evaluation=True)),
+    # ---- axes that do not go together
+    ("normalise", "no gradient", lambda: RouterConfig(top_k=1, score="sigmoid")),
+    ("normalise", "may all be 0", lambda: RouterConfig(score="relu")),
+    ("score", "only relu", lambda: RouterConfig(selection="positive")),
+    ("score", "probabilities", lambda: RouterConfig(selection="top_p", score="sigmoid")),
+    ("score", "probabilities", lambda: RouterConfig(selection="expert_choice", score="sigmoid")),
+    ("score", "probabilities", lambda: RouterConfig(selection="sampled", score="sqrt_softplus")),
+    ("selection_bias", "selection top_p", lambda: RouterConfig(selection="top_p", selection_bias="sign")),
+    ("selection_bias", "plain top_k", lambda: RouterConfig(**GROUPS, selection_bias="quantile")),
+    ("noise", "selection sinkhorn", lambda: RouterConfig(selection="sinkhorn", noise="shazeer")),
+    ("noise", "without replacement", lambda: RouterConfig(selection="top_p", noise="gumbel")),
+    ("noise", "without a selection bias", lambda: RouterConfig(noise="gumbel", selection_bias="sign")),
+    ("gradient", "set it to sampled", lambda: RouterConfig(gradient="heun")),
+    ("gradient", "no capacity", lambda: RouterConfig(gradient="all_experts", capacity=CapacityConfig(factor=1.0))),
+    ("gradient", "apply after", lambda: RouterConfig(gradient="all_experts", apply="before")),
+    ("gradient", "top_k or group_limited", lambda: RouterConfig(gradient="all_experts", selection="top_p")),
+    ("second_choice", "no second", lambda: RouterConfig(top_k=1, normalise=False, second_choice=0.5)),
+    ("second_choice", "no second", lambda: RouterConfig(selection="top_p", second_choice=0.5)),
+    *(
+        (
+            "capacity.factor",
+            "exact share",
+            partial(RouterConfig, selection=chosen, top_k=k, normalise=False, capacity=CapacityConfig(factor=1.0)),
+        )
+        for chosen, k in (("expert_choice", 2), ("base", 1), ("all", 2))
+    ),
+    ("top_k", "one expert", lambda: RouterConfig(selection="base")),
+    ("weights", "gradient all_experts", lambda: RouterConfig(weights="equal", gradient="all_experts")),
+    ("weights", "nothing would train", lambda: RouterConfig(weights="equal")),
+    # ---- the router and the experts
+    ("router.second_choice", "at most 1", lambda: model({"second_choice": 1.5})),
+    ("router.n_groups", "does not divide 16", lambda: model({**GROUPS, "n_groups": 3})),
+    ("router.top_groups", "leaves 8 experts", lambda: model({**GROUPS, "top_k": 9})),
+    ("router.group_score", "one expert", lambda: model({**GROUPS, "n_groups": 16})),
+    (
+        "special.copy",
+        "knows only MLPs",
+        lambda: model({"selection": "expert_choice"}, special=SpecialExpertsConfig(copy=1)),
+    ),
+    ("special.zero", "all_experts", lambda: model({"gradient": "all_experts"}, special=SpecialExpertsConfig(zero=1))),
+    ("router.apply", "after they are", lambda: model({"apply": "before"}, special=SpecialExpertsConfig(constant=1))),
+    ("zero", "at least 0", lambda: SpecialExpertsConfig(zero=-1)),
+    # ---- losses that would train nothing
+    ("balance.load_balance", "does not choose by", lambda: ModelConfig(router=RouterConfig(selection="sinkhorn"))),
+    (
+        "balance.importance",
+        "does not choose by",
+        lambda: model(HASH, balance=BalanceConfig(load_balance=0.0, importance=0.1)),
+    ),
+    (
+        "balance.device",
+        "does not choose by",
+        lambda: model(HASH, balance=BalanceConfig(load_balance=0.0, device=0.1, n_devices=4)),
+    ),
+    (
+        "balance.z_loss",
+        "computes no logits",
+        lambda: model(HASH, balance=BalanceConfig(load_balance=0.0, z_loss=0.001)),
+    ),
+    ("balance.noisy_load", "noise shazeer", lambda: model(balance=BalanceConfig(noisy_load=0.1))),
+    (
+        "balance.noisy_load",
+        "selection top_k",
+        lambda: model({**GROUPS, "noise": "shazeer"}, balance=BalanceConfig(noisy_load=0.1)),
+    ),
+    ("balance.sparsity", "selection positive", lambda: model(balance=BalanceConfig(sparsity=1e-8))),
+    ("balance.entropy", "score sigmoid", lambda: model({"score": "sigmoid"}, balance=BalanceConfig(entropy=0.1))),
+    (
+        "balance.orthogonality",
+        "no linear router",
+        lambda: model({"projection": "cosine"}, balance=BalanceConfig(orthogonality=0.1)),
+    ),
+    ("balance.special_weight", "no special experts", lambda: model(balance=BalanceConfig(special_weight=0.75))),
+    ("balance.n_devices", "does not divide 16", lambda: model(balance=BalanceConfig(device=0.1, n_devices=3))),
+    ("n_devices", "go together", lambda: BalanceConfig(device=0.1)),
+    ("n_devices", "go together", lambda: BalanceConfig(n_devices=4)),
+    ("sparsity_rate", "above 1", lambda: BalanceConfig(sparsity_rate=1.0)),
     ("load_balance", "at least 0", lambda: BalanceConfig(load_balance=-0.01)),
     ("z_loss", "at least 0", lambda: BalanceConfig(z_loss=float("nan"))),
     ("n_layers", "at least 1", lambda: ModelConfig(n_layers=0)),
@@ -84,6 +208,55 @@ def test_the_edges_of_what_is_allowed_are_allowed() -> None:
     assert Config(data=DataConfig(sequence_length=1024)).data.sequence_length == 1024
     assert OptimizerConfig(clip=None).clip is None
     assert SharedExpertsConfig(n_experts=1, gated=True).gated
+    assert RouterConfig(selection="top_p", threshold=1.0, top_k=1).normalise  # several experts whatever top_k says
+    assert RouterConfig(top_k=1, selection="hash", weights="equal").normalise  # one weight of 1 is what is meant
+    assert model({**GROUPS, "n_groups": 16, "group_score": "max"}).router.n_groups == 16
+    assert model({**GROUPS, "top_k": 8}).router.top_k == 8  # all of two groups of four
+    assert model({**HASH, "selection": "random"}).router.has_logits is False
+    assert BalanceConfig(special_weight=0.0).special_weight == 0
+
+
+def test_special_experts_are_routed_to_like_the_others() -> None:
+    config = model({"top_k": 18}, special=SpecialExpertsConfig(zero=1, copy=1))
+    assert config.routed_experts == 18
+    with pytest.raises(ConfigError, match=r"is 19, but experts\.n_experts is 16 and 2 special ones"):
+        model({"top_k": 19}, special=SpecialExpertsConfig(zero=1, copy=1))
+
+
+@pytest.mark.parametrize(
+    ("order", "in_evaluation", "top_k", "causal_in_training", "causal_in_evaluation"),
+    [
+        ("position", False, 2, True, True),  # later tokens find places taken, never the other way round
+        ("choice", False, 2, False, True),  # a later token's first choice comes before an earlier one's second
+        ("choice", False, 1, True, True),  # there are first choices only
+        ("score", False, 1, False, True),  # a later token may score higher
+        ("score", True, 2, False, False),
+        ("position", True, 2, True, True),
+    ],
+)
+def test_the_order_of_dropping_decides_whether_a_capacity_leaks(
+    order: Any, in_evaluation: bool, top_k: int, causal_in_training: bool, causal_in_evaluation: bool
+) -> None:
+    capacity = CapacityConfig(factor=1.0, order=order, in_evaluation=in_evaluation)
+    router = RouterConfig(top_k=top_k, normalise=False, capacity=capacity)
+    assert router.is_causal(training=True) == causal_in_training
+    assert router.is_causal(training=False) == causal_in_evaluation
+
+
+@pytest.mark.parametrize(
+    ("scope", "in_evaluation", "in_training", "evaluating"),
+    [
+        ("micro_batch", False, False, True),
+        ("micro_batch", True, False, False),
+        ("sequence", True, True, True),
+    ],
+)
+def test_a_capacity_that_sequences_share_makes_them_depend_on_each_other(
+    scope: Any, in_evaluation: bool, in_training: bool, evaluating: bool
+) -> None:
+    router = RouterConfig(capacity=CapacityConfig(factor=1.0, scope=scope, in_evaluation=in_evaluation))
+    assert router.is_batch_independent(training=True) == in_training
+    assert router.is_batch_independent(training=False) == evaluating
 
 
 def test_key_and_value_heads_default_to_the_query_heads() -> None:
