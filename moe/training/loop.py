@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,6 +15,10 @@ from moe.config import Config, TrainingConfig
 from moe.data.batches import Batches
 from moe.data.prepare import PreparedCorpus
 from moe.errors import UserError
+from moe.model.balance import adapted_coefficient
+from moe.model.moe_layer import MoELayer
+from moe.model.router import Router
+from moe.model.router.selection_bias import proportional_update, quantile_update, sign_update
 from moe.model.routing import LoadSummary, summarise_layers
 from moe.model.transformer import Transformer
 from moe.parallel.world import World
@@ -49,6 +55,8 @@ class Progress:
     """the step after which the latest validation was done"""
     seconds: float = 0.0
     """time spent in training steps, over all sittings"""
+    sparsity_coefficient: float = 0.0
+    """what the coefficient of the sparsity loss has become (ReMoE); 0 without that loss"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,9 @@ class Step:
     """What one optimizer step saw, on all ranks together."""
 
     losses: dict[str, float]
-    """lm_loss, the mean cross-entropy in nats per token, and each auxiliary loss, unweighted"""
+    """lm_loss, the mean cross-entropy in nats per token, and each auxiliary loss, unweighted, on its own scale and as
+    ``<name>/common`` on the common one; with a sparsity loss, also its coefficient and the share of gates that are off
+    """
     gradient_norm: float
     """norm of the whole gradient, before clipping"""
     learning_rate: float
@@ -97,6 +107,7 @@ class Training:
         self.micro_batch = require_divisible(settings, world.size)
         self.model = Transformer(config.model, settings.seed).to(device)
         self.model.activation_checkpointing = settings.activation_checkpointing
+        self.routers = routers_of(self.model)
         self.optimizer = build_optimizer(self.model, settings.optimizer)
         if settings.compile:
             for block in self.model.blocks:
@@ -108,12 +119,14 @@ class Training:
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
-        self.progress = Progress()
+        self.progress = Progress(sparsity_coefficient=config.model.balance.sparsity)
         if resume is not None:
             resume.load_model(self.model)
             resume.load_optimizer(self.optimizer, self.model)
             resume.restore_random_state()
             self.progress = Progress(**resume.progress)
+            # Where the loss is new to a resumed run, it starts as in a fresh one.
+            self.progress.sparsity_coefficient = self.progress.sparsity_coefficient or config.model.balance.sparsity
         self.resumed = resume is not None
         self.saved_step = self.progress.step if self.resumed else -1
         self.validation: Validation | None = None
@@ -163,25 +176,37 @@ class Training:
         """One optimizer step on the batch of ``progress.step``: forward and backward per micro-batch, clip, update.
 
         A loss or gradient that is not finite on any rank leaves the weights and the optimizer of all ranks as they
-        were. Dropout draws from a generator seeded by (seed, step, rank), so there is no state to carry over.
+        were, the selection biases and the coefficient of the sparsity loss too.
+
+        Dropout and noise draw from a generator seeded by (seed, step, first row of the micro-batch). So there is no
+        state to carry over, and R ranks draw what one process draws that takes as many times the micro-batches.
         """
         settings, step = self.config.training, self.progress.step
-        torch.manual_seed(_seed_of_step(settings.seed, step, self.world.rank))
+        balance, router = self.config.model.balance, self.config.model.router
         rate = learning_rate(settings.schedule, settings.optimizer.lr, step, settings.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        counts = StepCounts(self.world)
+        counts = StepCounts(self.world, choices=balance.choices, keep_logits=router.selection_bias == "quantile")
         parts: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)
         for micro in range(settings.accumulation):
             first_row = (micro * self.world.size + self.world.rank) * self.micro_batch
             batch = self.batches.rows(step, first_row, first_row + self.micro_batch)
+            torch.manual_seed(_seed_of(settings.seed, step, first_row))
             with autocast(self.device, self.precision):
                 hidden, routings = self.model.hidden(batch.tokens.to(self.device))
                 targets = batch.targets.to(self.device)
                 lm = head_loss(hidden, self.model.head.weight, targets)
-            objective = compose(lm, routings, self.config.model.balance, counts)
+            objective = compose(
+                lm,
+                routings,
+                balance,
+                counts,
+                router=router,
+                router_weights=[router.weight for router in self.routers],
+                sparsity_coefficient=self.progress.sparsity_coefficient,
+            )
             torch.autograd.backward(objective.total / settings.accumulation)
             total = total + objective.total.detach()
             for name, value in {"lm_loss": objective.lm, **objective.auxiliary}.items():
@@ -191,15 +216,19 @@ class Training:
         means = self.world.sum(torch.stack([*parts.values()])) / self.world.size
         total = self.world.sum(total)
         finite = math.isfinite(float(gradient_norm)) and math.isfinite(float(total))
+        losses = dict(zip(parts, means.tolist(), strict=True))
         if finite:
             self.optimizer.step()
+            update_selection_biases(self.routers, counts)
+        if "sparsity" in losses:
+            losses |= self._adapt_sparsity(counts, update=finite)
         self.optimizer.zero_grad(set_to_none=True)
         return Step(
-            losses=dict(zip(parts, means.tolist(), strict=True)),
+            losses=losses,
             gradient_norm=float(gradient_norm),
             learning_rate=rate,
             skipped=not finite,
-            counts=None if counts.counts is None else self.world.sum(counts.counts).cpu(),
+            counts=None if counts.counts is None else counts.over_ranks().cpu(),
             dropped=[] if counts.dropped is None else self.world.sum(counts.dropped).tolist(),
         )
 
@@ -218,6 +247,25 @@ class Training:
             )
         self.saved_step = self.progress.step
         self.world.wait()
+
+    def _adapt_sparsity(self, counts: StepCounts, update: bool) -> dict[str, float]:
+        """Steer the sparsity loss's coefficient by the gates of the whole step; return what this step had."""
+        on = counts.over_ranks()
+        per_expert = int(counts.tokens_over_ranks()) * on.shape[0]
+        coefficient, gates_on = self.progress.sparsity_coefficient, int(on.sum())
+        if update:
+            adapted = adapted_coefficient(
+                coefficient,
+                self.config.model.balance.sparsity_rate,
+                gates_on,
+                target=self.config.model.router.top_k * per_expert,
+            )
+            # From 0 it could never grow again.
+            self.progress.sparsity_coefficient = max(adapted, sys.float_info.min)
+        return {
+            "sparsity/coefficient": coefficient,
+            "sparsity/off": 1 - gates_on / max(1, per_expert * on.shape[1]),
+        }
 
     def _clip_gradients(self) -> Tensor:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -319,5 +367,27 @@ def load_values(layers: list[int], load: list[LoadSummary]) -> dict[str, float]:
     }
 
 
-def _seed_of_step(seed: int, step: int, rank: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7], "big")
+def routers_of(model: Transformer) -> list[Router]:
+    """The router of each mixture layer, first layer first; none in the dense twin."""
+    return [block.feed_forward.router for block in model.blocks if isinstance(block.feed_forward, MoELayer)]
+
+
+def update_selection_biases(routers: Sequence[Router], counts: StepCounts) -> None:
+    """Move every selection bias, once an optimizer step, by what ``counts`` saw on all ranks; no bias, nothing."""
+    if all(router.selection_bias is None for router in routers):
+        return
+    for layer, (router, load) in enumerate(zip(routers, counts.over_ranks(), strict=True)):
+        bias, rule = router.selection_bias, router.config.selection_bias
+        if bias is None:
+            continue
+        rate = 0.001 if router.config.bias_rate is None else router.config.bias_rate
+        if rule == "sign":
+            sign_update(bias, load, rate)
+        elif rule == "proportional":
+            proportional_update(bias, load, rate, router.n_special)
+        elif rule == "quantile":
+            quantile_update(bias, counts.logits_over_ranks(layer), router.config.top_k)
+
+
+def _seed_of(seed: int, step: int, first_row: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{first_row}".encode()).digest()[:7], "big")

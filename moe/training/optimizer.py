@@ -7,8 +7,9 @@ from moe.config import OptimizerConfig
 
 DECAYED = ("embedding.weight", "head.weight", ".w_in", ".w_out", ".w_in.weight", ".w_out.weight", ".gate.weight")
 DECAYED_ATTENTION = (".query.weight", ".key.weight", ".value.weight", ".output.weight")
-NEVER_DECAYED = ("norm.weight", ".bias", ".b_in", ".b_out")
-ROUTER = (".router.weight",)
+NEVER_DECAYED = ("norm.weight", ".bias", ".b_in", ".b_out", ".router.temperature", ".special.constant")
+ROUTER = tuple(f".router.{name}" for name in ("weight", "inner_weight", "noise_weight", "residual_weight"))
+ROUTER += (".special.mixing",)  # decides, token by token, what a constant expert returns: a gate like the router
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe import config_file
+from moe.config import RouterConfig
 from moe.data.prepare import PreparedCorpus
 from moe.errors import UserError
+from moe.model.router import Router
+from moe.model.routing import Routing
 from moe.parallel.world import World, join_world, leave_world
 from moe.training import checkpoint, loop
 from moe.training.console import Console
-from moe.training.loop import Training
+from moe.training.evaluate import validate
+from moe.training.loop import Training, update_selection_biases
 from moe.training.metrics import read_metrics
+from moe.training.objective import StepCounts
 from moe.training.run_folder import RunFolder
 
 Begin = Callable[..., Training]
@@ -83,6 +89,38 @@ def poison_gradient(training: Training, steps: range | list[int], value: float =
 
 
 # -------------------------------------------------------------------------------------------------------- stop, resume
+
+
+NO_AUXILIARY: Overrides = {"model.balance.load_balance": 0, "model.balance.z_loss": 0}
+SIGN: Overrides = NO_AUXILIARY | {"model.router.selection_bias": "sign", "model.router.bias_rate": 0.01}
+QUANTILE: Overrides = NO_AUXILIARY | {"model.router.selection_bias": "quantile"}
+REMOE: Overrides = NO_AUXILIARY | {
+    "model.router.selection": "positive",
+    "model.router.score": "relu",
+    "model.router.normalise": False,
+    "model.balance.sparsity": 1e-8,
+}
+
+
+@pytest.mark.parametrize(
+    "router",
+    [SIGN | {"model.router.jitter": 0.1}, QUANTILE, REMOE, {"model.router.noise": "shazeer"}],
+    ids=["sign and jitter", "quantile", "remoe", "shazeer"],
+)
+def test_what_balances_is_resumed_to_the_bit(begin: Begin, router: Overrides) -> None:
+    """Biases come back with the weights, the coefficient of the sparsity loss with the progress; noise has no state."""
+    straight = begin("straight", HARD | router)
+    straight.run()
+    stopped = begin("stopped", HARD | router)
+    send_in_the_middle_of(stopped, 4, signal.SIGTERM)
+    assert not stopped.run()
+    resumed = begin("stopped", HARD | router, resume=True)
+    assert resumed.run()
+
+    assert rows(resumed) == rows(straight)
+    assert resumed.progress.sparsity_coefficient == straight.progress.sparsity_coefficient
+    for name, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, straight.model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("stops", [(4, 7), (5, 10), (1, 11)], ids=str)
@@ -167,7 +205,7 @@ def test_checkpoints_come_when_they_are_due(begin: Begin) -> None:
 
 
 def test_the_random_numbers_of_the_process_do_not_matter(begin: Begin) -> None:
-    """Dropout is a function of seed and step."""
+    """Dropout is a function of the seed, the step and the rows."""
     first, second = begin("first", HARD), begin("second", HARD)
     torch.manual_seed(7)
     first.take_step()
@@ -273,9 +311,6 @@ def gradients_of_a_step(training: Training) -> dict[str, Tensor]:
     return found
 
 
-NO_AUXILIARY: Overrides = {"model.balance.load_balance": 0, "model.balance.z_loss": 0}
-
-
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
 def test_micro_batches_add_up_to_the_batch(begin: Begin, accumulation: int) -> None:
     whole = gradients_of_a_step(begin("whole", NO_AUXILIARY))
@@ -311,14 +346,19 @@ def test_clipping_limits_the_gradient_and_reports_its_norm_before(begin: Begin) 
         torch.testing.assert_close(gradient, whole[name] * 0.01 / norm, rtol=1e-4, atol=1e-9)
 
 
-def test_recomputing_activations_changes_no_number(begin: Begin) -> None:
-    plain = begin("plain", HARD)
+@pytest.mark.parametrize("router", [{}, SIGN, QUANTILE, REMOE], ids=["softmax", "sign", "quantile", "remoe"])
+def test_recomputing_activations_changes_no_number(begin: Begin, router: Overrides) -> None:
+    """Nor any bias: an assignment that was counted twice would move it twice."""
+    settings = HARD | router | {"training.steps": 4}
+    plain = begin("plain", settings)
     plain.run()
-    recomputing = begin("recomputing", HARD | {"training.activation_checkpointing": True})
+    recomputing = begin("recomputing", settings | {"training.activation_checkpointing": True})
     assert recomputing.model.activation_checkpointing
     recomputing.run()
 
     assert rows(recomputing) == rows(plain)
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(recomputing.model.state_dict()[name], tensor), name
 
 
 def test_captured_blocks_train_as_plain_ones(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,6 +406,134 @@ def test_the_loss_falls(begin: Begin) -> None:
     assert losses[-1] < 0.75 * losses[0]
 
 
+# -------------------------------------------------------------------------------------------------- selection biases
+
+
+def biases(training: Training) -> list[Tensor]:
+    return [router.selection_bias.clone() for router in training.routers]
+
+
+def test_a_step_moves_every_bias_by_the_sign_of_its_layers_error(begin: Begin) -> None:
+    training = begin(overrides=SIGN | {"training.accumulation": 4})
+
+    counts = training.take_step().counts
+
+    fair = counts.sum(1, keepdim=True) / 4
+    expected = [
+        [0.01 if c < f else -0.01 if c > f else 0.0 for c in row] for row, f in zip(counts.tolist(), fair, strict=True)
+    ]
+    assert len(expected) == 2
+    for bias, row in zip(biases(training), expected, strict=True):
+        assert bias.tolist() == pytest.approx(row)
+    assert any(any(row) for row in expected)
+
+
+@pytest.mark.parametrize("router", [SIGN, QUANTILE], ids=["sign", "quantile"])
+@pytest.mark.parametrize("accumulation", [2, 8])
+def test_one_update_a_step_however_the_batch_is_cut(begin: Begin, router: Overrides, accumulation: int) -> None:
+    """To rounding where the logits decide, to the bit where the counts do."""
+    whole, parts = begin("whole", router), begin("parts", router | {"training.accumulation": accumulation})
+    whole.take_step()
+    parts.take_step()
+
+    for one, other in zip(biases(parts), biases(whole), strict=True):
+        assert other.ne(0).any()
+        torch.testing.assert_close(one, other, rtol=0, atol=0 if router is SIGN else 1e-6)
+
+
+@pytest.mark.parametrize("router", [SIGN, QUANTILE], ids=["sign", "quantile"])
+def test_a_validation_moves_no_bias(begin: Begin, router: Overrides) -> None:
+    training = begin(overrides=router)
+    training.take_step()
+    before = biases(training)
+
+    validate(training.model, training.corpus, 16, 8, "fp32")
+
+    assert all(bias.ne(0).any() for bias in before)
+    assert all(torch.equal(now, then) for now, then in zip(biases(training), before, strict=True))
+
+
+@pytest.mark.parametrize("router", [SIGN, QUANTILE, REMOE], ids=["sign", "quantile", "remoe"])
+def test_a_step_that_is_not_finite_moves_no_bias_and_no_coefficient(begin: Begin, router: Overrides) -> None:
+    training = begin(overrides=router)
+    training.take_step()
+    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    coefficient = training.progress.sparsity_coefficient
+    poison_gradient(training, [1])
+
+    assert training.take_step().skipped
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in training.model.state_dict().items())
+    assert training.progress.sparsity_coefficient == coefficient
+
+
+def test_a_layer_without_a_bias_does_not_keep_later_layers_from_theirs() -> None:
+    config = RouterConfig(top_k=1, normalise=False)
+    plain, biased = (Router(replace(config, selection_bias=rule), d_model=8, n_experts=4) for rule in ("none", "sign"))
+    scores = torch.eye(4)[:1]
+    routing = Routing(scores, scores, torch.tensor([[0]]), torch.ones(1, 1))
+    counts = StepCounts(World())
+    counts.add([routing, routing])
+
+    update_selection_biases([plain, biased], counts)
+
+    assert plain.selection_bias is None
+    assert biased.selection_bias.tolist() == pytest.approx([-0.001, 0.001, 0.001, 0.001])
+
+
+def test_a_quantile_evens_out_a_skewed_load(begin: Begin) -> None:
+    """Routers that are made to like expert 0, and weights that hardly learn: what evens the load is the bias alone."""
+
+    def busiest(name: str, router: Overrides) -> float:
+        """Largest load over the fair share in the last 10 of 40 steps, the mean over steps and layers."""
+        training = begin(
+            name, router | {"model.router.bias": True, "training.steps": 40, "training.optimizer.lr": 1e-6}
+        )
+        with torch.no_grad():
+            for own in training.routers:
+                own.bias[0] += 3.0
+        loads = []
+        for _ in range(40):
+            loads += [summary.max_over_fair for summary in training.take_step().load]
+            training.progress.step += 1
+        return sum(loads[-20:]) / 20
+
+    assert busiest("none", NO_AUXILIARY) > 1.9  # a favourite of all is one of two choices: half of the load, not 1/4
+    assert busiest("quantile", QUANTILE) < 1.3
+
+
+# ------------------------------------------------------------------------------------------------------------ sparsity
+
+
+def test_the_coefficient_follows_the_share_of_gates_that_are_on(begin: Begin) -> None:
+    """Two layers of 128 tokens and four experts; with k = 2 half of the 1024 gates shall be on. A step trains with the
+    coefficient that the steps before have left."""
+    training = begin(overrides=REMOE | {"training.accumulation": 2, "training.steps": 6})
+    coefficient = 1e-8
+    for _ in range(6):
+        step = training.take_step()
+        training.progress.step += 1
+        on = int(step.counts.sum())
+        assert step.losses["sparsity/coefficient"] == coefficient
+        assert step.losses["sparsity/off"] == pytest.approx(1 - on / 1024)
+        coefficient = coefficient * 1.2 if on > 512 else coefficient / 1.2 if on < 512 else coefficient
+        assert training.progress.sparsity_coefficient == coefficient
+    assert coefficient != 1e-8
+
+
+def test_a_large_coefficient_closes_gates(begin: Begin) -> None:
+    """Down from most of them, to the target and near it."""
+    training = begin(
+        overrides=REMOE
+        | {"model.balance.sparsity": 0.01, "training.steps": 60, "model.router.top_k": 1, "training.optimizer.lr": 0.01}
+    )
+    training.run()
+
+    off = [row["sparsity/off"] for row in rows(training, "train")]
+    assert off[0] < 0.6
+    assert max(off) > 0.7
+
+
 # ------------------------------------------------------------------------------------------------------- what is logged
 
 LOAD = [f"load/{layer}/{name}" for layer in (0, 1) for name in ("max_over_fair", "min_over_fair", "dead", "entropy")]
@@ -377,8 +545,9 @@ def test_a_row_has_these_numbers_and_no_others(begin: Begin) -> None:
     training.run()
 
     [train, *_] = read_metrics(training.run_folder.metrics_path)
-    steps = ["step", "kind", "lm_loss", "load_balance", "z_loss", "gradient_norm", "learning_rate", "tokens", "skipped"]
-    assert sorted(train) == sorted([*steps, "tokens_per_second", *LOAD])
+    steps = ["step", "kind", "lm_loss", "gradient_norm", "learning_rate", "tokens", "skipped", "tokens_per_second"]
+    losses = ["load_balance", "load_balance/common", "z_loss", "z_loss/common"]
+    assert sorted(train) == sorted([*steps, *losses, *LOAD])
     [validation, *_] = rows(training, "validation")
     assert sorted(validation) == sorted(
         ["step", "kind", "cross_entropy", "bits_per_byte", "bits_per_byte/prose", "bits_per_byte/lists", *LOAD]
@@ -398,6 +567,8 @@ def test_the_logged_loss_is_the_cross_entropy_and_nothing_else(begin: Begin) -> 
     assert step.counts.tolist() == [torch.bincount(r.selected.flatten(), minlength=4).tolist() for r in routings]
     mean_z = sum(float(routing.logits.logsumexp(-1).square().mean()) for routing in routings) / 2
     assert step.losses["z_loss"] == pytest.approx(mean_z, rel=1e-5)
+    assert step.losses["z_loss/common"] == pytest.approx(mean_z / math.log(4) ** 2, rel=1e-5)
+    assert step.losses["load_balance/common"] == step.losses["load_balance"]
 
 
 def test_the_logged_learning_rate_is_the_optimizers(begin: Begin) -> None:

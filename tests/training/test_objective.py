@@ -1,13 +1,24 @@
 """The loss and its parts: what is reported, what is minimised, and that each coefficient enters exactly once."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from moe.config import AttentionConfig, BalanceConfig, ExpertsConfig, ModelConfig, RouterConfig
-from moe.model.balance import load_balancing_loss, z_loss
+from moe.model.balance import (
+    device_loss,
+    entropy_loss,
+    importance_loss,
+    load_balancing_loss,
+    noisy_load_loss,
+    orthogonality_loss,
+    sparsity_loss,
+    z_loss,
+)
 from moe.model.routing import Routing
 from moe.model.transformer import Transformer
 from moe.parallel.world import World
@@ -17,7 +28,7 @@ from moe.training.objective import StepCounts, compose
 N_LAYERS = 3
 
 
-def small_model() -> Transformer:
+def small_model(**router: Any) -> Transformer:
     """float64, so that differences of gradients are exact enough to compare."""
     config = ModelConfig(
         vocab_size=64,
@@ -26,7 +37,8 @@ def small_model() -> Transformer:
         init_std=0.2,
         attention=AttentionConfig(n_heads=4, head_dim=8),
         experts=ExpertsConfig(n_experts=8, d_ff=16),
-        router=RouterConfig(top_k=2),
+        router=RouterConfig(top_k=2, **router),
+        balance=BalanceConfig(load_balance=0.0),
     )
     return Transformer(config).double()
 
@@ -213,22 +225,117 @@ def test_the_reported_language_model_loss_contains_no_auxiliary_term() -> None:
         )
 
 
-@pytest.mark.parametrize(("name", "loss"), [("load_balance", load_balancing_loss), ("z_loss", z_loss)])
-@pytest.mark.parametrize("coefficient", [0.001, 0.01, 1.0])
-def test_each_coefficient_enters_the_gradient_exactly_once(name: str, loss: object, coefficient: float) -> None:
+ROUTERS: dict[str, dict[str, Any]] = {
+    "noisy_load": {"noise": "shazeer"},
+    "sparsity": {"selection": "positive", "score": "relu", "normalise": False},
+}
+"""the router that a loss needs, where it is not the default one"""
+
+ALONE: dict[str, Any] = {
+    "load_balance": lambda routing, weight: load_balancing_loss(routing),
+    "z_loss": lambda routing, weight: z_loss(routing),
+    "importance": lambda routing, weight: importance_loss(routing),
+    "noisy_load": lambda routing, weight: noisy_load_loss(routing),
+    "device": lambda routing, weight: device_loss(routing, 4),
+    "sparsity": lambda routing, weight: sparsity_loss(routing, 2),
+    "entropy": lambda routing, weight: entropy_loss(routing),
+    "orthogonality": lambda routing, weight: orthogonality_loss(weight),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("coefficient", [0.001, 1.0])
+def test_each_coefficient_enters_the_gradient_exactly_once(name: str, coefficient: float) -> None:
     """Gradient with c minus gradient with 0 = c times the gradient of the loss alone, added up over the layers."""
-    model, tokens = small_model(), text(2, 17)
+    model, tokens = small_model(**ROUTERS.get(name, {})), text(2, 17)
+    router = model.config.router
 
     def gradient_of_total(c: float) -> Tensor:
+        torch.manual_seed(0)
         lm, routings = lm_and_routings(model, tokens)
-        balance = BalanceConfig(**({"load_balance": 0.0, "z_loss": 0.0} | {name: c}))
-        return router_gradient(model, compose(lm, routings, balance, StepCounts(World())).total)
+        coefficients = {"load_balance": 0.0, name: c} | ({"n_devices": 4} if name == "device" and c else {})
+        weights = [block.feed_forward.router.weight for block in model.blocks]
+        result = compose(
+            lm, routings, BalanceConfig(**coefficients), StepCounts(World()), router=router, router_weights=weights
+        )
+        assert torch.equal(result.lm, lm)
+        return router_gradient(model, result.total)
 
     added = gradient_of_total(coefficient) - gradient_of_total(0.0)
-    alone = router_gradient(model, sum(loss(routing) for routing in model(tokens[:, :-1])[1]))
+    torch.manual_seed(0)
+    _, routings = lm_and_routings(model, tokens)
+    alone = router_gradient(
+        model,
+        sum(
+            ALONE[name](routing, block.feed_forward.router.weight)
+            for routing, block in zip(routings, model.blocks, strict=True)
+        ),
+    )
 
     assert alone.norm() > 1e-3
     torch.testing.assert_close(added / coefficient, alone, rtol=1e-8, atol=1e-10)
+
+
+def test_what_is_logged_are_the_active_losses_and_two_measures() -> None:
+    """Each on its own scale and the common one; a router without logits has no z-loss."""
+    routing, balance = certain(0, 1, 2, 3), BalanceConfig(load_balance=0.0)
+
+    def logged(balance: BalanceConfig, router: RouterConfig | None = None) -> set[str]:
+        return set(compose(torch.tensor(0.0), [routing], balance, StepCounts(World()), router=router).auxiliary)
+
+    measures = {"load_balance", "load_balance/common", "z_loss", "z_loss/common"}
+    assert logged(balance) == measures
+    assert logged(replace(balance, entropy=1e-4)) == measures | {"entropy", "entropy/common"}
+    hashed = RouterConfig(selection="hash", weights="equal", normalise=False)
+    assert logged(balance, hashed) == {"load_balance", "load_balance/common"}
+
+
+def test_both_scales_are_means_over_the_layers_and_carry_no_extra_gradient() -> None:
+    """Importance of the collapsed layer: CV² = 3 over four experts; of the balanced one 0. Means 1.5, and 1 + 1.5."""
+    layers = [certain(2, 2, 2, 2), certain(0, 1, 2, 3)]
+
+    result = compose(torch.tensor(0.0), layers, BalanceConfig(load_balance=0.0, importance=0.1), StepCounts(World()))
+
+    assert result.auxiliary["importance"].item() == pytest.approx(1.5)
+    assert result.auxiliary["importance/common"].item() == pytest.approx(2.5)
+    assert result.auxiliary["load_balance/common"].item() == pytest.approx(2.5)
+    assert result.total.item() == pytest.approx(0.1 * 3)
+    assert not result.auxiliary["importance/common"].requires_grad
+
+
+def test_the_coefficient_of_sparsity_is_what_it_has_become() -> None:
+    """One token, k = 1 of 2 experts, gates 0.25 and 0: f = (2, 0), a loss of 0.5."""
+    gates = torch.tensor([[0.25, 0.0]])
+    routing = Routing(
+        gates,
+        gates,
+        torch.tensor([[0, 1]]),
+        gates,
+        assigned=torch.tensor([[True, False]]),
+        scores_are_probabilities=False,
+    )
+    router = RouterConfig(top_k=1, selection="positive", score="relu", normalise=False)
+    balance = BalanceConfig(load_balance=0.0, sparsity=1e-8)
+
+    def total(coefficient: float | None) -> float:
+        counts = StepCounts(World())
+        return compose(
+            torch.tensor(0.0), [routing], balance, counts, router=router, sparsity_coefficient=coefficient
+        ).total.item()
+
+    assert total(None) == pytest.approx(0.5e-8)
+    assert total(4.0) == pytest.approx(2.0)
+
+
+def test_an_orthogonality_loss_needs_the_matrix_of_every_layer() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        compose(
+            torch.tensor(0.0),
+            [certain(0, 1)] * 2,
+            BalanceConfig(orthogonality=0.1),
+            StepCounts(World()),
+            router_weights=[torch.eye(4)],
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ the whole batch
@@ -261,6 +368,98 @@ def test_dropped_assignments_add_up_too() -> None:
 
     assert counts.dropped.tolist() == [4, 0]
     assert counts.counts.tolist() == [[4, 2, 0, 0], [4, 2, 0, 0]]
+
+
+def test_scopes_on_paper() -> None:
+    """Two sequences of two tokens, each on an expert of its own, after a micro-batch of four tokens on expert 2.
+
+    Each sequence alone reads 4; the micro-batch, f = P = (1/2, 1/2, 0, 0), reads 2; against the loads of all eight
+    tokens, f = (1/4, 1/4, 1/2, 0), it reads 4 (1/8 + 1/8) = 1."""
+
+    def read(scope: str) -> tuple[float, float]:
+        counts, balance = StepCounts(World()), BalanceConfig(scope=scope, device=1.0, n_devices=4)
+        compose(torch.tensor(0.0), [replace(certain(2, 2, 2, 2), n_sequences=2)], balance, counts)
+        routing = replace(certain(0, 0, 1, 1), n_sequences=2)
+        auxiliary = compose(torch.tensor(0.0), [routing], balance, counts).auxiliary
+        return auxiliary["load_balance"].item(), auxiliary["device"].item()
+
+    assert read("sequence") == pytest.approx((4.0, 4.0))
+    assert read("micro_batch") == pytest.approx((2.0, 2.0))
+    assert read("global_batch") == pytest.approx((1.0, 1.0))
+
+
+def test_first_choices_over_the_whole_batch() -> None:
+    """First choices (0, 0) and then (1, 1), second choices always 2: f = (1/2, 1/2, 0) in the second micro-batch, where
+    P = (0, 0.9, 0.1): 3 · 0.45. The counts of the step hold all choices."""
+
+    def routing(first: int) -> Routing:
+        scores = torch.zeros(2, 3)
+        scores[:, first], scores[:, 2] = 0.9, 0.1
+        return Routing(scores.log(), scores, torch.tensor([[first, 2]] * 2), torch.ones(2, 2))
+
+    counts = StepCounts(World(), choices="first")
+    balance = BalanceConfig(scope="global_batch", choices="first")
+    compose(torch.tensor(0.0), [routing(0)], balance, counts)
+    result = compose(torch.tensor(0.0), [routing(1)], balance, counts)
+
+    assert result.auxiliary["load_balance"].item() == pytest.approx(1.35)
+    assert counts.counts.tolist() == [[2, 2, 4]]
+
+
+def test_logits_are_kept_where_they_are_wanted_and_only_those_of_real_tokens() -> None:
+    counts = StepCounts(World(), keep_logits=True)
+    first = routing_of(torch.arange(8.0).view(2, 4).requires_grad_())
+    second = replace(first, mask=torch.tensor([False, True]))
+
+    counts.add([first, second])
+    counts.add([second, first])
+
+    rows = first.logits.detach()
+    assert torch.equal(counts.logits_over_ranks(0), torch.cat([rows, rows[1:]]))
+    assert torch.equal(counts.logits_over_ranks(1), torch.cat([rows[1:], rows]))
+    assert not counts.logits_over_ranks(0).requires_grad
+    assert StepCounts(World()).logits is None
+
+
+def test_tokens_are_counted_once_and_not_padding() -> None:
+    counts = StepCounts(World())
+    padded = replace(certain(0, 1, 2), mask=torch.tensor([True, True, False]))
+
+    counts.add([padded, padded])
+    counts.add([certain(0), certain(1)])
+
+    assert counts.tokens_over_ranks().item() == 3
+
+
+@pytest.mark.parametrize("name", sorted(ALONE))
+def test_which_losses_are_the_same_in_micro_batches_of_one_sequence(name: str) -> None:
+    """Four micro-batches of one sequence against one of four, by the mean of what they read.
+
+    Equal, to rounding: means over tokens (z_loss, entropy), the loss of each sequence, and what sees no token
+    (orthogonality). Not equal: whatever multiplies a load by a score or squares one, since a part is less even than the
+    whole. Counts are equal to the bit in any case.
+    """
+    model, tokens = small_model(**ROUTERS.get(name, {})), text(4, 17)
+    scope = "sequence" if name == "load_balance" else "micro_batch"
+    coefficients = {"load_balance": 0.0, "scope": scope, name: 1.0} | ({"n_devices": 4} if name == "device" else {})
+    balance, weights = BalanceConfig(**coefficients), [block.feed_forward.router.weight for block in model.blocks]
+
+    def read(rows: Tensor, counts: StepCounts) -> float:
+        lm, routings = lm_and_routings(model, rows)
+        parts = compose(lm, routings, balance, counts, router=model.config.router, router_weights=weights).auxiliary
+        return parts[name].item()
+
+    torch.manual_seed(0)
+    whole_counts, part_counts = StepCounts(World()), StepCounts(World())
+    whole = read(tokens, whole_counts)
+    parts = sum(read(rows, part_counts) for rows in tokens.split(1)) / 4
+
+    if name in ("z_loss", "entropy", "orthogonality", "load_balance"):
+        assert parts == pytest.approx(whole, rel=1e-12)
+    else:
+        assert parts > whole * 1.01
+    if name != "noisy_load":  # the noise of four parts is not that of the whole
+        assert torch.equal(part_counts.counts, whole_counts.counts)
 
 
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])

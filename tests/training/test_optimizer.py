@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe.config import (
     AttentionConfig,
+    BalanceConfig,
     ExpertsConfig,
     FeedForwardConfig,
     ModelConfig,
     OptimizerConfig,
     RouterConfig,
     SharedExpertsConfig,
+    SpecialExpertsConfig,
 )
 from moe.model.transformer import Transformer
 from moe.training.optimizer import build_optimizer, parameter_groups
@@ -60,6 +62,66 @@ def test_every_parameter_is_in_the_group_that_its_name_says(decay_router: bool) 
 
     assert set(groups["decay"]) == DECAY | ({ROUTER} if decay_router else set())
     assert set(groups["no_decay"]) == NO_DECAY | (set() if decay_router else {ROUTER})
+
+
+class Named(nn.Module):
+    """A module with these parameters and nothing else."""
+
+    def __init__(self, **parameters: Tensor) -> None:
+        super().__init__()
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value))
+
+
+@pytest.mark.parametrize("decay_router", [False, True])
+def test_the_matrices_of_a_router_decay_if_it_does_and_its_vectors_never(decay_router: bool) -> None:
+    """Named as in a layer; a constant expert's mixture of two is a gate, its constant a bias."""
+    matrices = {"weight", "inner_weight", "noise_weight", "residual_weight"}
+    model = nn.ModuleDict(
+        {
+            "router": Named(
+                bias=torch.zeros(4), temperature=torch.ones(()), **{m: torch.zeros(4, 4) for m in matrices}
+            ),
+            "special": Named(constant=torch.zeros(2, 8), mixing=torch.zeros(2, 2, 8)),
+        }
+    )
+
+    groups = parameter_groups(nn.ModuleDict({"feed_forward": model}), decay_router)
+
+    routing = {f"feed_forward.router.{name}" for name in matrices} | {"feed_forward.special.mixing"}
+    never = {f"feed_forward.{name}" for name in ("router.bias", "router.temperature", "special.constant")}
+    assert set(groups["decay"]) == (routing if decay_router else set())
+    assert set(groups["no_decay"]) == never | (set() if decay_router else routing)
+
+
+ROUTERS: dict[str, RouterConfig] = {
+    "shazeer": RouterConfig(top_k=2, noise="shazeer"),
+    "cosine": RouterConfig(top_k=2, projection="cosine"),
+    "moe_plus_plus": RouterConfig(top_k=2, projection="two_layer", residual=True, bias=True),
+    "hash": RouterConfig(top_k=2, selection="hash", weights="equal"),
+    "deepseek_v3": RouterConfig(top_k=2, score="sigmoid", selection_bias="sign"),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_parameter_of_a_router_has_a_rule_and_a_selection_bias_is_no_parameter(name: str) -> None:
+    special = SpecialExpertsConfig(constant=2) if name == "moe_plus_plus" else SpecialExpertsConfig()
+    config = ModelConfig(
+        vocab_size=64,
+        n_layers=2,
+        d_model=32,
+        experts=ExpertsConfig(n_experts=4, d_ff=16),
+        router=ROUTERS[name],
+        special=special,
+        balance=BalanceConfig(load_balance=0.0),
+    )
+    model = Transformer(config)
+
+    groups = parameter_groups(model, decay_router=True)
+
+    optimised = sorted(groups["decay"] | groups["no_decay"])
+    assert optimised == sorted(path for path, _ in model.named_parameters())
+    assert not [path for path in optimised if "selection_bias" in path]
 
 
 def test_a_tied_embedding_is_optimised_once() -> None:
