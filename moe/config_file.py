@@ -38,6 +38,8 @@ Scalar = str | int | float | bool | None
 MODEL = "model."
 """the section whose keys presets set"""
 PRESET = MODEL + presets.KEY
+ROUTING = (f"{MODEL}router.", f"{MODEL}special.", f"{MODEL}balance.")
+"""the sections that together choose a router"""
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -178,6 +180,8 @@ class _Reading:
     """line of the file on which a setting or a section stands, by dotted key"""
     flagged: list[str] = field(default_factory=list)
     """the dotted keys that flags set"""
+    file_preset: object = None
+    """what the file names as its preset"""
     preset: str | None = None
     """the preset in force"""
     preset_keys: set[str] = field(default_factory=set)
@@ -225,6 +229,7 @@ class _Reading:
 
     def flags(self, overrides: Mapping[str, str]) -> None:
         """Lay the flags over the file."""
+        self.file_preset = self.values.get(PRESET)
         for key, text in overrides.items():
             self.flagged.append(key)
             if key not in settings():
@@ -235,16 +240,32 @@ class _Reading:
                 self.values[key] = text if settings()[key].is_text else _scalar(text)
 
     def _lay_preset(self) -> None:
-        """Fill in what the preset sets: under the file's keys if the file names it, over them if a flag does."""
+        """Fill in what the preset sets: under the file's keys if the file names it, instead of them if a flag does.
+
+        A preset by flag replaces the file's whole choice of a router, so that what it means does not depend on what
+        the file had chosen: only the file's number of experts a token stays, where the preset has none of its own.
+        """
         name = self.values.get(PRESET)
         if not isinstance(name, str) or name not in presets.presets():
             return  # none; or no preset, which the check of types will say
         self.preset = name
-        stronger = self.flagged if PRESET in self.flagged else list(self.values)
-        for key, value in presets.presets()[name].set.items():
-            if MODEL + key not in stronger:
+        setting = presets.presets()[name].set
+        if PRESET in self.flagged:
+            for key in self._choice_of_the_file() - set(self.flagged):
+                del self.values[key]
+        for key, value in setting.items():
+            if MODEL + key not in self.values or (PRESET in self.flagged and MODEL + key not in self.flagged):
                 self.values[MODEL + key] = value
                 self.preset_keys.add(MODEL + key)
+
+    def _choice_of_the_file(self) -> set[str]:
+        """The file's keys that make its router: those of the router but top_k, of special experts and of balance, and
+        what the preset that the file names would have set elsewhere (shared experts)."""
+        named = self.file_preset
+        theirs = presets.presets()[named].set if isinstance(named, str) and named in presets.presets() else {}
+        repeated = {MODEL + key for key, value in theirs.items() if self.values.get(MODEL + key) == value}
+        own = {key for key in self.values if key.startswith(ROUTING) and key != f"{MODEL}router.top_k"}
+        return own | repeated - {f"{MODEL}router.top_k"}
 
     def check(self) -> Config:
         """The configuration, or every problem at once."""

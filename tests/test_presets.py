@@ -121,10 +121,34 @@ def test_where_in_the_file_the_preset_is_named_does_not_matter() -> None:
     assert first == last
 
 
-def test_a_preset_named_by_a_flag_wins_over_what_the_file_says_of_its_keys_and_of_no_others() -> None:
-    router = parse("model: {router: {jitter: 0.05, scale: 3.0, top_k: 4}}", overrides={PRESET: "switch"}).model.router
-    assert (router.jitter, router.top_k) == (0.01, 1)  # the preset's
-    assert router.scale == 3.0  # switch says nothing of it
+def test_a_preset_named_by_a_flag_replaces_the_files_choice_of_a_router() -> None:
+    """Whatever the file had chosen: a leftover of another router would change what the name means, or clash with it."""
+    text = (
+        "model: {d_model: 64, router: {jitter: 0.05, scale: 3.0, top_k: 4}, special: {copy: 1}, balance: {z_loss: 1.0}}"
+    )
+
+    model = parse(text, overrides={PRESET: "switch"}).model
+
+    assert (model.router.jitter, model.router.top_k) == (0.01, 1)  # the preset's
+    assert (model.router.scale, model.special.copy, model.balance.z_loss) == (1.0, 0, 0.0)  # the defaults
+    assert model.d_model == 64
+
+
+def test_a_preset_named_by_a_flag_leaves_the_files_number_of_experts_a_token_unless_it_has_its_own() -> None:
+    text = "model: {router: {top_k: 4}}"
+    assert parse(text, overrides={PRESET: "olmoe"}).model.router.top_k == 4
+    assert parse(text, overrides={PRESET: "gshard"}).model.router.top_k == 2
+
+
+@given(was=st.sampled_from(NAMES), becomes=st.sampled_from(NAMES))
+def test_a_resolved_configuration_takes_any_other_preset_by_flag(was: str, becomes: str) -> None:
+    """Only what counts experts stays: k."""
+    resolved = dump(parse("{}", overrides={PRESET: was}))
+    top_k = {"model.router.top_k": "2"} if "router.top_k" not in presets()[becomes].set else {}
+
+    again = parse(resolved, overrides={PRESET: becomes} | top_k)
+
+    assert again == parse("{}", overrides={PRESET: becomes})
 
 
 @pytest.mark.parametrize("text", ["{}", in_file("switch"), in_file("olmoe", jitter="0.2")])
@@ -285,9 +309,9 @@ def test_in_python_too_a_contradiction_is_refused(name: str, key: str) -> None:
 
 
 def test_a_router_cannot_bear_the_name_of_a_preset_that_it_is_not() -> None:
-    with pytest.raises(ConfigError, match="but preset deepseek_v3 means sigmoid") as refused:
+    with pytest.raises(ConfigError, match="but preset deepseek_v3 means sign") as refused:
         RouterConfig(preset="deepseek_v3")
-    assert refused.value.key == "score"
+    assert refused.value.key == "selection_bias"
     with pytest.raises(ConfigError, match="but preset qwen2 means true") as refused:
         ModelConfig(router=RouterConfig(preset="qwen2", normalise=False))  # without its gated shared expert
     assert refused.value.key == "shared.gated"
