@@ -1,15 +1,19 @@
-"""``python -m moe COMMAND``: what can be done with the folder of a run."""
+"""``python -m moe COMMAND``: what can be done with the folder of a run, and what can be asked of routers."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
-from moe import config_file
-from moe.config import ConfigError
+from tqdm import tqdm
+
+from moe import config_file, presets
+from moe.config import ConfigError, ModelConfig, Preset
 from moe.errors import UserError
 from moe.inference.generate import generate
 from moe.inference.sampling import Sampling
+from moe.study.leakage import DEFAULT_EDITS, ROUNDING, check_router, findings_table, overview_table
 from moe.training.console import printable, showable
 from moe.training.machine import choose_device
 from moe.training.run_folder import RunFolder
@@ -29,25 +33,42 @@ GENERATE_FLAGS = {
 }
 
 
-def generate_command(arguments: Sequence[str]) -> None:
+CHECK_FLAGS = {
+    "--edits N": f"edits of each kind in each mode (default {DEFAULT_EDITS})",
+    "--seed N": "seed of the weights, tokens and edits (default 0)",
+    "--model.KEY VALUE": "replace a setting, as in training (python train.py --help lists them)",
+    "--help": "show this",
+}
+CHECK_MEANING = f"""\
+Does a router see what it must not? A tiny model with this router and random weights reads random tokens. Then the
+later tokens of a sequence are replaced, or the other sequences of the batch, or the later tokens of all sequences, and
+logits that must not know of it are compared: in training mode, with the same noise, and in evaluation mode. What a
+router declares (is_causal and is_batch_independent in moe/config.py) holds if no logit changed by more than
+{ROUNDING:.0e} where it declares that nothing leaks, and one did where it declares that something does.
+Without a name all presets are checked.
+Exit status: 0 where every declaration holds, 1 where one does not, 2 for a mistake."""
+
+PRESET_KEY = "model.router.preset"
+PRESETS_FLAGS = {"--help": "show this"}
+
+
+def generate_command(arguments: Sequence[str]) -> int:
     """``python -m moe generate RUN --prompt TEXT``: continue a text with the model of a run."""
     usage = "python -m moe generate RUN --prompt TEXT | --prompts FILE [--tokens N] [--temperature X] ..."
     line = config_file.parse_flags(arguments, GENERATE_FLAGS)
     options = line.options
     if "--help" in options:
         print(usage, *(f"  {flag:18}{meaning}" for flag, meaning in GENERATE_FLAGS.items()), sep="\n")
-        return
+        return 0
     if line.overrides:
         raise UserError(f"--{next(iter(line.overrides))} belongs to training: a run's settings are in its folder")
     if len(line.positional) != 1:
         raise UserError(f"one run folder is needed, and {len(line.positional)} were given: {usage}")
     prompts = _prompts(options, usage)
     tokens = _number(options, "--tokens", int, 0)
-    seed = _number(options, "--seed", int, 0)
     if tokens < 0:
         raise UserError(f"--tokens is {tokens}, and must be 0 or more")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed is {seed}, and must be from 0 to {2**32 - 1}")
+    seed = _seed(options)
     try:
         sampling = Sampling(
             temperature=_number(options, "--temperature", float, 0.8),
@@ -79,26 +100,74 @@ def generate_command(arguments: Sequence[str]) -> None:
         if number:
             print("-" * 40)
         print(showable(prompt + printable(tokenizer.decode(new)), sys.stdout))
+    return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"generate": generate_command}
+def check_router_command(arguments: Sequence[str]) -> int:
+    """``python -m moe check-router [PRESET | CONFIG.yaml]``: does what a router declares hold?"""
+    usage = "python -m moe check-router [PRESET | CONFIG.yaml] [--edits N] [--seed N] [--model.KEY VALUE ...]"
+    line = config_file.parse_flags(arguments, CHECK_FLAGS)
+    if "--help" in line.options:
+        print(usage, "", CHECK_MEANING, "", *(f"  {flag:20}{text}" for flag, text in CHECK_FLAGS.items()), sep="\n")
+        return 0
+    for key in line.overrides:
+        if not key.startswith("model."):
+            raise UserError(f"--{key} is no setting of the model, which is all that is checked")
+    if len(line.positional) > 1:
+        raise UserError(f"one preset or file at a time, and {len(line.positional)} were given: {usage}")
+    edits, seed = _number(line.options, "--edits", int, DEFAULT_EDITS), _seed(line.options)
+    if edits < 1:
+        raise UserError(f"--edits is {edits}, and must be 1 or more")
+
+    models = {name: _model_of(name, line.overrides) for name in line.positional or get_args(Preset)}
+    findings = {}
+    # Only a terminal sees it, and only where it takes more than a second.
+    with tqdm(total=2 * edits * len(models), unit="round", delay=1, leave=False, disable=None) as progress:
+        for name, model in models.items():
+            progress.set_description(name, refresh=False)
+            findings[name] = check_router(model, edits=edits, seed=seed, advance=progress.update)
+    if line.positional:
+        [(name, only)] = findings.items()
+        print(showable(findings_table(name, only), sys.stdout))
+    else:
+        print(overview_table(findings))
+    return 0 if all(finding.holds for found in findings.values() for finding in found) else 1
+
+
+def presets_command(arguments: Sequence[str]) -> int:
+    """``python -m moe presets``: every preset, where it comes from and what it does."""
+    line = config_file.parse_flags(arguments, PRESETS_FLAGS)
+    usage = "python -m moe presets"
+    if "--help" in line.options:
+        print(f"{usage}\nList the routers that --model.router.preset takes.\n\n  --help  show this")
+        return 0
+    if line.positional or line.overrides:
+        raise UserError(f"{(line.positional or list(line.overrides))[0]} is too much: {usage}")
+    print(showable(presets.table(), sys.stdout))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "generate": generate_command,
+    "check-router": check_router_command,
+    "presets": presets_command,
+}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit status: 0, or 2 for a mistake of the user's."""
+    """Run one command and return its exit status: 0, 1 where a check fails, or 2 for a mistake of the user's."""
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print("python -m moe COMMAND [--help]; commands:", *COMMANDS)
             return 0
         if arguments[0] not in COMMANDS:
             raise UserError(f"{arguments[0]} is no command; there are: {', '.join(COMMANDS)}")
-        COMMANDS[arguments[0]](arguments[1:])
+        return COMMANDS[arguments[0]](arguments[1:])
     except (UserError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _prompts(options: dict[str, str], usage: str) -> list[str]:
@@ -115,6 +184,28 @@ def _prompts(options: dict[str, str], usage: str) -> list[str]:
     if not lines:
         raise UserError(f"{path}: holds no prompt; write one a line")
     return lines
+
+
+def _model_of(name: str, overrides: Mapping[str, str]) -> ModelConfig:
+    """The model of a preset or of a configuration file, with ``overrides`` over it."""
+    known = get_args(Preset)
+    if name in known:
+        if PRESET_KEY in overrides:
+            raise UserError(f"--{PRESET_KEY} is given beside the preset {name}; keep one of them")
+        return config_file.parse("{}", name, {PRESET_KEY: name, **overrides}).model
+    if name.endswith((".yaml", ".yml")) or Path(name).exists():
+        return config_file.load(Path(name), overrides).model
+    guesses = get_close_matches(name, known, n=1)
+    hint = f"did you mean {guesses[0]}?" if guesses else "python -m moe presets lists them"
+    raise UserError(f"{name} is neither a preset nor a configuration file; {hint}")
+
+
+def _seed(options: dict[str, str]) -> int:
+    """The value of ``--seed``, 0 where it is not given."""
+    seed = _number(options, "--seed", int, 0)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed is {seed}, and must be from 0 to {2**32 - 1}")
+    return seed
 
 
 def _number(options: dict[str, str], flag: str, kind: type[Number], default: Number) -> Number:

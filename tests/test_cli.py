@@ -1,15 +1,20 @@
-"""``python -m moe``: text from the folder of a run, and one line for every mistake."""
+"""``python -m moe``: text from the folder of a run, what routers declare, and one line for every mistake."""
 
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from moe.cli import main
+from moe.config import ModelConfig, Preset, RouterConfig
+from moe.presets import table
+from moe.study.leakage import Finding
 from moe.training.command import main as train
 
 Command = Callable[..., tuple[int, str, str]]
@@ -136,12 +141,91 @@ def test_it_is_a_module(trained: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith("sheep 3")
 
 
+# --------------------------------------------------------------------------------------------------------- check-router
+
+
+def cells(line: str) -> list[str]:
+    """The columns of a table, which two spaces part."""
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+def test_a_preset_is_checked_in_both_modes(command: Command) -> None:
+    status, output, errors = command("check-router", "expert_choice", "--edits", 3)
+
+    assert (status, errors) == (0, "")
+    name, _, header, *lines = output.splitlines()
+    assert name == "expert_choice"
+    assert cells(header)[:4] == ["mode", "edited", "compared", "edits that changed a logit"]
+    assert [cells(line)[0] for line in lines] == ["training"] * 3 + ["evaluation"] * 3
+    assert all(cells(line)[5:] == ["leaks", "holds"] for line in lines)
+    assert all(cells(line)[3].endswith(" of 3") and cells(line)[3] != "0 of 3" for line in lines)
+
+
+def test_settings_are_laid_over_a_preset_or_a_file(command: Command, tmp_path: Path) -> None:
+    """A capacity in the order of scores leaks, in training alone unless evaluation drops too."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("model:\n  router: {capacity: {factor: 1.0, order: score}}\n")
+    dropping = ("--model.router.capacity.factor", 1, "--model.router.capacity.order", "score")
+
+    preset = command("check-router", "mixtral", "--edits", 2, *dropping)
+    file = command("check-router", path, "--edits", 2)
+    both = command("check-router", path, "--edits", 2, "--model.router.capacity.in_evaluation", "true")
+
+    declared = [[cells(line)[5] for line in output.splitlines()[3:]] for _, output, _ in (preset, file, both)]
+    assert declared == [["leaks"] * 3 + ["clean"] * 3] * 2 + [["leaks"] * 6]
+    assert [status for status, _, _ in (preset, file, both)] == [0, 0, 0]
+
+
+def test_a_false_declaration_is_status_1(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RouterConfig, "is_causal", lambda self, *, training: True)
+
+    status, output, errors = command("check-router", "base", "--edits", 2)
+
+    assert (status, errors) == (1, "")
+    assert output.count("LEAKS, and declared clean") == 1  # the batch-mates, and so every future, are still declared
+
+
+def test_without_a_name_every_preset_is_a_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[ModelConfig] = []
+
+    def check_router(config: ModelConfig, *, edits: int, seed: int, advance: Callable[[], object]) -> list[Finding]:
+        asked.append(config)
+        changed = 5 if config.router.preset == "olmoe" else 0
+        clean = Finding(training=True, edit="future", edits=edits, changed=changed, largest=0.0, declared_clean=True)
+        return [replace(clean, training=training) for training in (True, False) for _ in range(3)]
+
+    monkeypatch.setattr("moe.cli.check_router", check_router)
+
+    status, output, errors = command("check-router", "--edits", 7, "--model.experts.n_experts", 24)
+
+    assert (status, errors) == (1, "")
+    lines = {cells(line)[0]: cells(line)[1:] for line in output.splitlines()[2:]}
+    assert list(lines) == list(get_args(Preset)) == [config.router.preset for config in asked]
+    assert {config.experts.n_experts for config in asked} == {24}
+    assert lines["olmoe"] == ["5 of 7"] * 6 + ["LEAKS, and declared clean"]
+    assert lines["qwen2"] == ["0 of 7"] * 6 + ["hold"]
+
+
+def test_the_seed_draws_other_edits(command: Command) -> None:
+    def largest(seed: int) -> str:
+        return command("check-router", "sinkhorn", "--edits", 1, "--seed", seed)[1]
+
+    assert largest(1) == largest(1) != largest(2)
+
+
+# -------------------------------------------------------------------------------------------------------------- presets
+
+
+def test_presets_are_listed(command: Command) -> None:
+    assert command("presets") == (0, table() + "\n", "")
+
+
 # ------------------------------------------------------------------------------------------------------ help, mistakes
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=str)
 def test_help_names_the_commands(command: Command, arguments: list[str]) -> None:
-    assert command(*arguments) == (0, "python -m moe COMMAND [--help]; commands: generate\n", "")
+    assert command(*arguments) == (0, "python -m moe COMMAND [--help]; commands: generate check-router presets\n", "")
 
 
 def test_help_of_generate_lists_its_flags(command: Command) -> None:
@@ -149,6 +233,18 @@ def test_help_of_generate_lists_its_flags(command: Command) -> None:
 
     assert (status, errors) == (0, "")
     assert all(flag in output for flag in ("--prompt", "--tokens", "--temperature", "--top-k", "--top-p", "--seed"))
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_of_the_questions_about_routers(command: Command, flag: str) -> None:
+    status, output, errors = command("check-router", flag)
+    assert (status, errors) == (0, "")
+    assert output.startswith("python -m moe check-router [PRESET | CONFIG.yaml] ")
+    assert all(part in output for part in ("--edits N", "--seed N", "--model.KEY VALUE", "Exit status: 0"))
+
+    status, output, errors = command("presets", flag)
+    assert (status, errors) == (0, "")
+    assert output.startswith("python -m moe presets\n")
 
 
 P = ["--prompt", "sheep"]
@@ -172,6 +268,27 @@ MISTAKES = {
     "device": (["generate", "RUN", *P, "--device", "tpu"], "--device is tpu, and must be auto, cpu or cuda"),
     "too long": (["generate", "RUN", "--prompt", "sheep " * 99], "a prompt of "),
     "too many": (["generate", "RUN", *P, "--tokens", "64"], "a prompt of "),
+    "no preset": (
+        ["check-router", "deepseek_v4"],
+        "deepseek_v4 is neither a preset nor a configuration file; did you mean deepseek_v",
+    ),
+    "nothing like it": (
+        ["check-router", "zzz"],
+        "zzz is neither a preset nor a configuration file; python -m moe presets lists them",
+    ),
+    "no such file": (["check-router", "none.yaml"], "none.yaml: there is no such file"),
+    "two routers": (["check-router", "base", "hash"], "one preset or file at a time, and 2 were given"),
+    "no edits": (["check-router", "base", "--edits", "0"], "--edits is 0, and must be 1 or more"),
+    "half an edit": (["check-router", "base", "--edits", "0.5"], "--edits is '0.5', and must be a number"),
+    "seed of edits": (["check-router", "base", "--seed", "-1"], "--seed is -1, and must be from 0"),
+    "not the model": (["check-router", "base", "--data.cache", "x"], "--data.cache is no setting of the model"),
+    "a wrong value": (["check-router", "base", "--model.d_model", "x"], "--model.d_model must be a whole number"),
+    "no router": (["check-router", "mixtral", "--model.dense_twin", "true"], "model.dense_twin: is true: there is no"),
+    "two presets": (
+        ["check-router", "base", "--model.router.preset", "hash"],
+        "--model.router.preset is given beside the preset base; keep one of them",
+    ),
+    "what presets": (["presets", "base"], "base is too much: python -m moe presets"),
 }
 
 

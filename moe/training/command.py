@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 import torch
 
 from moe import config_file
-from moe.config import Config, ConfigError
+from moe.config import Config, ConfigError, ModelConfig, RouterConfig
 from moe.data.prepare import PreparedCorpus, prepare, resolve_paths
 from moe.errors import UserError
 from moe.parallel.world import World, join_world, leave_world, local_rank
@@ -123,6 +123,9 @@ def _train(training: Training, console: Console) -> int:
     """Run to the end and report, or say how to go on."""
     run_folder = training.run_folder
     console.say(f"training in {training.precision} on {training.device.type}")
+    warning = leak_warning(training.config.model)
+    if warning is not None:
+        console.say(warning)
     try:
         finished = training.run()
     except KeyboardInterrupt:  # a second one, which does not wait for the step to end
@@ -138,6 +141,36 @@ def _train(training: Training, console: Console) -> int:
         console.say(write_report(training))
         console.say(f"\nrun folder: {run_folder.path}")
     return 0
+
+
+def leak_warning(model: ModelConfig) -> str | None:
+    """What to know before training ``model``, if its router looks at later tokens; None if it does not."""
+    router = model.router
+    if not model.moe_layers or router.is_causal(training=True):
+        return None
+    causes = " and ".join(_looks_ahead(router, training=True))
+    warning = f"WARNING: the training loss leaks the future, and is too low: {causes}."
+    if router.is_causal(training=False):
+        return f"{warning} The validation loss is right: in evaluation and generation this router does not look ahead."
+    causes = " and ".join(_looks_ahead(router, training=False))
+    return (
+        f"{warning} The validation loss leaks as well, for in evaluation {causes}: do not compare it with that of a "
+        "causal router, and expect worse of generation, where there are no later tokens to look at."
+    )
+
+
+def _looks_ahead(router: RouterConfig, *, training: bool) -> list[str]:
+    """By which axes ``router`` looks at later tokens, and how; empty where ``RouterConfig.is_causal``."""
+    causes = []
+    if router.selection == "expert_choice" or (training and router.selection in ("sinkhorn", "base")):
+        causes.append(f"with router.selection {router.selection} the tokens of a batch compete for each expert")
+    if router.capacity.factor is not None and (training or router.capacity.in_evaluation):
+        several = router.top_k > 1 or router.selection in ("top_p", "positive")
+        if router.capacity.order == "choice" and several:
+            causes.append("with router.capacity.order choice a later token's first choice evicts an earlier's second")
+        if router.capacity.order == "score":
+            causes.append("with router.capacity.order score a later token with a higher score evicts an earlier one")
+    return causes
 
 
 def resume_command(run_folder: RunFolder) -> str:

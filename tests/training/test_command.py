@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe.config import BalanceConfig, CapacityConfig, ModelConfig, RouterConfig
 from moe.training import checkpoint
-from moe.training.command import MAY_CHANGE, main
+from moe.training.command import MAY_CHANGE, leak_warning, main
 from moe.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +143,92 @@ def test_another_number_of_threads_is_said(command: Command, run: Path) -> None:
         torch.set_num_threads(1)
 
     assert "numbers may differ in the last digits from an unbroken run: threads 1 then, 2 now\n" in output
+
+
+# -------------------------------------------------------------------------------------------- routers that look ahead
+
+SINKHORN = ("--model.router.selection", "sinkhorn", "--model.balance.load_balance", 0)
+LEAKS = "WARNING: the training loss leaks the future, and is too low: "
+
+
+def test_a_router_that_looks_ahead_is_warned_of_at_the_start_and_on_resuming(command: Command, tmp_path: Path) -> None:
+    flags = ("--run.folder", tmp_path, "--run.name", "x", "--training.steps", 1)
+
+    started = command(*flags, *SINKHORN)[1]
+    resumed = command("--resume", tmp_path / "x", "--training.steps", 2)[1]
+
+    warning = (
+        f"{LEAKS}with router.selection sinkhorn the tokens of a batch compete for each expert. "
+        "The validation loss is right: in evaluation and generation this router does not look ahead.\n"
+    )
+    for output in (started, resumed):
+        assert output.count(warning) == 1
+        assert output.index(warning) < output.index("\nstep ")
+
+
+def test_nothing_is_said_where_nothing_looks_ahead(command: Command, tmp_path: Path) -> None:
+    causal = command("--run.folder", tmp_path, "--run.name", "causal", "--training.steps", 1)[1]
+    twin = ("--run.name", "twin", "--training.steps", 1, "--model.dense_twin", "true")
+    dense = command("--run.folder", tmp_path, *twin, *SINKHORN)[1]
+
+    assert "step 1/1" in causal and "step 1/1" in dense
+    assert "WARNING" not in causal + dense
+
+
+VALIDATION_IS_RIGHT = ". The validation loss is right: "
+VALIDATION_LEAKS = ". The validation loss leaks as well, for in evaluation "
+SCORE = "with router.capacity.order score a later token with a higher score evicts an earlier one"
+CHOICE = "with router.capacity.order choice a later token's first choice evicts an earlier's second"
+
+
+def by(order: str, *, in_evaluation: bool = False) -> CapacityConfig:
+    return CapacityConfig(factor=1.0, order=order, in_evaluation=in_evaluation)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"selection": "base", "top_k": 1}, ["with router.selection base ", VALIDATION_IS_RIGHT]),
+        ({"selection": "sinkhorn"}, ["with router.selection sinkhorn ", VALIDATION_IS_RIGHT]),
+        (
+            {"selection": "expert_choice"},
+            ["with router.selection expert_choice ", VALIDATION_LEAKS, "with router.selection expert_choice "],
+        ),
+        ({"capacity": by("score")}, [SCORE, VALIDATION_IS_RIGHT]),
+        ({"capacity": by("score", in_evaluation=True)}, [SCORE, VALIDATION_LEAKS, SCORE]),
+        ({"capacity": by("choice")}, [CHOICE, VALIDATION_IS_RIGHT]),
+        ({"capacity": by("choice", in_evaluation=True)}, [CHOICE, VALIDATION_LEAKS, CHOICE]),
+        (  # in evaluation, Sinkhorn is plain top-k, and the capacity alone looks ahead
+            {"selection": "sinkhorn", "capacity": by("score", in_evaluation=True)},
+            ["with router.selection sinkhorn ", f" and {SCORE}{VALIDATION_LEAKS}{SCORE}: do not compare"],
+        ),
+    ],
+    ids=str,
+)
+def test_the_warning_names_what_looks_ahead_and_what_is_still_right(settings: dict, parts: list[str]) -> None:
+    router = RouterConfig(**{"normalise": False} | settings)
+    balance = BalanceConfig(load_balance=0)
+
+    warning = leak_warning(ModelConfig(router=router, balance=balance))
+
+    assert warning is not None and warning.startswith(LEAKS + parts[0])
+    position = 0
+    for part in parts:
+        position = warning.index(part, position) + len(part)
+    assert leak_warning(ModelConfig(router=router, balance=balance, dense_twin=True)) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"capacity": by("position", in_evaluation=True)},
+        {"capacity": by("choice", in_evaluation=True), "top_k": 1, "normalise": False},
+    ],
+    ids=str,
+)
+def test_a_router_that_does_not_look_ahead_gets_no_warning(settings: dict) -> None:
+    assert leak_warning(ModelConfig(router=RouterConfig(**settings))) is None
 
 
 # ------------------------------------------------------------------------------------------------------- in a process

@@ -1,0 +1,1 @@
+"""Questions put to models and routers, and their answers as values."""
