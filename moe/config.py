@@ -282,7 +282,7 @@ class RouterConfig:
     """
 
     preset: Preset | None = None
-    """a published router (moe/presets.yaml): beside it a file's own keys win; as a flag it replaces the file's router"""
+    """a published router (moe/presets.yaml): beside it a file's own keys win; as a flag it replaces the file's own"""
     top_k: int = 2
     """experts per token; what top_p, positive and expert_choice aim at on average"""
     projection: Projection = "linear"
