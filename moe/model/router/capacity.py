@@ -1,7 +1,5 @@
 """Which assignments an expert has no room for, and which second choices are kept at all."""
 
-from fractions import Fraction
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -19,9 +17,10 @@ def beyond_capacity(routing: Routing, top_k: int, config: CapacityConfig) -> Boo
 
     - position: a token's choices, then the next token's. The only order in which no token can evict an earlier one;
       over the micro-batch, it makes a sequence depend on those before it.
-    - choice: all first choices in token order, then all second choices, and so on (GShard).
+    - choice: all first choices in token order, then all second choices, and so on (GShard). A later token's first
+      choice may evict an earlier token's second.
     - score: the larger weight, ties in the order of position (batch-prioritised routing, Riquelme et al. 2021,
-      arXiv 2106.05974, section 4.1, here for single assignments).
+      arXiv 2106.05974, here for single assignments instead of whole tokens). Not causal either.
 
     Empty places and padding take no room and are never dropped. ``routing.weights`` are those before dropping;
     ``top_k`` is k, which K exceeds where the number of experts varies. No host synchronisation.
@@ -47,15 +46,14 @@ def beyond_capacity(routing: Routing, top_k: int, config: CapacityConfig) -> Boo
     return beyond if present is None else beyond & present
 
 
-def capacity_of(real_tokens: Int[Tensor, " B"], top_k: int, n_experts: int, factor: float) -> Int[Tensor, " B"]:
-    """C = ceil(factor k T / E) for each number T of real tokens, in exact arithmetic.
+def capacity_of(real_tokens: Int[Tensor, "*B"], top_k: int, n_experts: int, factor: float) -> Int[Tensor, "*B"]:
+    """C = ceil(factor k T / E), at least 1, for each number T of real tokens.
 
-    ``factor`` stands for the fraction that its decimals mean: 1.1 is 11/10, though the nearest float lies above, and
-    its product with 100 would be rounded up to 111. Factors above E/k are E/k: then C is T and drops nothing.
+    1.1 x 100 is 110.00000000000001 in float64, and its ceiling 111: an excess of less than a millionth of a place comes
+    from rounding and gets none. From a factor of E/k on nothing is dropped.
     """
-    slack = min(Fraction(factor).limit_denominator(10**9), Fraction(n_experts, top_k))
-    share = slack * top_k / n_experts
-    return (real_tokens * share.numerator + (share.denominator - 1)) // share.denominator
+    share = min(factor, n_experts) * top_k / n_experts
+    return (real_tokens.double() * share - 1e-6).ceil().clamp(min=1.0).to(torch.int64)
 
 
 def kept_second_choices(weights: Float[Tensor, "T K"], threshold: float) -> Bool[Tensor, "T K"]:
