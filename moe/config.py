@@ -475,13 +475,14 @@ class RouterConfig:
         """Whether what a token is given depends on itself and earlier tokens of its sequence alone.
 
         Expert choice compares tokens of the whole batch; Sinkhorn and BASE do in training; a capacity by choice lets a
-        later token's first choice evict an earlier token's second, and one by score any.
+        later token's first choice evict an earlier token's second (a lone choice cannot be), and one by score any.
         """
         if self.selection == "expert_choice" or (training and self.selection in ("sinkhorn", "base")):
             return False
         if self.capacity.factor is None or not (training or self.capacity.in_evaluation):
             return True
-        return self.capacity.order == "position" or (self.capacity.order == "choice" and self.top_k == 1)
+        one_choice = self.top_k == 1 and self.selection not in _SEVERAL_EXPERTS
+        return self.capacity.order == "position" or (self.capacity.order == "choice" and one_choice)
 
     def is_batch_independent(self, *, training: bool) -> bool:
         """Whether what a token is given depends on its own sequence alone, not on others in the batch."""

@@ -76,6 +76,21 @@ def capacity(factor: float, order: str, scope: str = "micro_batch", in_evaluatio
         ({"capacity": capacity(2, "score")}, "fba|---"),
         ({"capacity": capacity(2, "score", "sequence", in_evaluation=True)}, "f-a|f-a"),
         ({"capacity": capacity(1, "score", "sequence"), "top_k": 1, "normalise": False}, "f-a|---"),
+        # top_k 1 is not one choice where the number of experts varies.
+        (
+            {"capacity": capacity(1, "choice", "sequence"), "selection": "top_p", "top_k": 1, "normalise": False},
+            "f-a|---",
+        ),
+        (
+            {
+                "capacity": capacity(1, "choice", "sequence"),
+                "selection": "positive",
+                "score": "relu",
+                "top_k": 1,
+                "normalise": False,
+            },
+            "f-a|---",
+        ),
         # Noise is each token's own: the same before and after an edit, it is no leak.
         ({"noise": "shazeer", "jitter": 0.1, "second_choice": 0.5}, "---|---"),
         ({"noise": "gumbel"}, "---|---"),
