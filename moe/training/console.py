@@ -330,16 +330,29 @@ def domain_table(domains: Sequence[DomainResult], pooled: DomainResult) -> str:
     return _table("validation: cross-entropy in nats/token and bits/byte; gzip and xz in bits/byte", header, rows)
 
 
-def load_table(layers: Sequence[int], summaries: Sequence[LoadSummary], counts: Counts, *, unicode: bool = True) -> str:
+def load_table(
+    layers: Sequence[int],
+    summaries: Sequence[LoadSummary],
+    counts: Counts,
+    mlps_per_token: Sequence[float],
+    *,
+    n_special: int = 0,
+    unicode: bool = True,
+) -> str:
     """A line a mixture layer, with a picture, and one for perfect balance; at most 100 columns.
 
-    ``layers`` are the numbers of the blocks, ``summaries`` and ``counts`` say how each was used.
+    ``layers`` are the numbers of the blocks; ``summaries``, ``counts`` and ``mlps_per_token`` say how each was used.
+    The last ``n_special`` experts have no MLP.
     """
     lists = _lists(counts)
-    header = ["layer", "max/fair", "min/fair", "dead", "entropy", "dropped", f"{'load':<{min(32, len(lists[0]))}}"]
+    picture = f"{'load':<{min(32, len(lists[0]))}}"
+    header = ["layer", "max/fair", "min/fair", "dead", "entropy", "dropped", "MLPs/token", picture]
     balanced = LoadSummary(max_over_fair=1.0, min_over_fair=1.0, dead=0, entropy=1.0, dropped=0.0)
-    balanced_row = ("perfect balance", balanced, [1.0] * len(lists[0]))
-    named = [(str(layer), summary, row) for layer, summary, row in zip(layers, summaries, lists, strict=True)]
+    balanced_row = ("balanced", balanced, "", [1.0] * len(lists[0]))
+    named = [
+        (str(layer), summary, f"{mlps:.2f}", row)
+        for layer, summary, mlps, row in zip(layers, summaries, mlps_per_token, lists, strict=True)
+    ]
     rows = [
         [
             name,
@@ -348,11 +361,14 @@ def load_table(layers: Sequence[int], summaries: Sequence[LoadSummary], counts: 
             str(summary.dead),
             f"{summary.entropy:.3f}",
             f"{summary.dropped:.2%}",
+            mlps,
             load_picture(row, 32, unicode=unicode),
         ]
-        for name, summary, row in (*named, balanced_row)
+        for name, summary, mlps, row in (*named, balanced_row)
     ]
     order = "in order" if len(lists[0]) <= 32 else f"sorted, 32 of {len(lists[0])}"
+    if n_special:
+        order += f", {'the last ' if len(lists[0]) <= 32 else ''}{n_special} without an MLP"
     scale = "half a character is the fair share" if unicode else "in eighths, 4 is the fair share"
     return _table(f"load of the experts ({order}; {scale})", header, rows)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe.config import Precision
 from moe.data.batches import validation_batches
 from moe.data.prepare import PreparedCorpus
-from moe.model.routing import LoadSummary, summarise_layers
+from moe.model.routing import LoadSummary, Routing, summarise_layers
 from moe.model.transformer import Transformer
 from moe.training.head_loss import token_losses
 from moe.training.machine import autocast
@@ -53,6 +53,8 @@ class Validation:
     """assignments to each expert over all domains; None without mixture layers"""
     dropped: list[int]
     """dropped assignments of each mixture layer"""
+    mlps_per_token: list[float]
+    """expert MLPs that computed a token, on average, of each mixture layer: neither dropped nor special ones"""
 
     @property
     def pooled(self) -> Score:
@@ -81,7 +83,8 @@ def validate(
     """
     device = model.embedding.weight.device
     scores: dict[str, Score] = {}
-    counts = dropped = None
+    counts = dropped = computed = None
+    routed = 0
     was_training = model.training
     model.eval()
     try:
@@ -108,7 +111,23 @@ def validate(
                     batch_dropped = torch.stack([routing.dropped_count() for routing in routings])
                     counts = batch_counts if counts is None else counts + batch_counts
                     dropped = batch_dropped if dropped is None else dropped + batch_dropped
+                    batch_computed = torch.stack([mlps_computed(routing) for routing in routings])
+                    computed = batch_computed if computed is None else computed + batch_computed
+                    routed += batch.tokens.numel()
             scores[domain] = Score(float(nats), tokens, held_out.n_bytes)
     finally:
         model.train(was_training)
-    return Validation(scores, None if counts is None else counts.cpu(), [] if dropped is None else dropped.tolist())
+    return Validation(
+        scores,
+        None if counts is None else counts.cpu(),
+        [] if dropped is None else dropped.tolist(),
+        [] if computed is None else (computed.double() / routed).tolist(),
+    )
+
+
+def mlps_computed(routing: Routing) -> Int[Tensor, ""]:
+    """Assignments that an expert's MLP computes: of real tokens, not dropped, to no special expert."""
+    executed = routing.executed
+    if executed is None:
+        return torch.full((), routing.selected.numel(), dtype=torch.int64, device=routing.selected.device)
+    return executed.sum()

@@ -5,14 +5,18 @@ The same facts go to the screen and ``report.txt`` for people, and to ``summary.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from moe.data.compression import CompressionBaseline, compression_baselines
 from moe.inference.generate import generate
 from moe.inference.sampling import Sampling
+from moe.model.moe_layer import MoELayer
+from moe.model.transformer import Transformer
 from moe.training.console import DomainResult, domain_table, duration, load_table, printable
 from moe.training.evaluate import Score, Validation
 from moe.training.loop import Training
+from moe.training.metrics import read_metrics
 
 PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 80
@@ -31,17 +35,20 @@ def write_report(training: Training) -> str:
     summary = {
         "parameters": training.model.num_params(),
         "active_parameters": training.model.num_active_params(),
+        "mean_active_parameters": mean_active_params(training.model, validation.mlps_per_token),
         "progress": asdict(training.progress),
         "tokens_per_second": training.progress.tokens / max(training.progress.seconds, 1e-9),
         "epochs": training.batches.epochs(training.progress.step),
         "pooled": asdict(pooled),
         "domains": [asdict(result) for result in domains],
         "load": [asdict(layer) for layer in validation.load],
+        "mlps_per_token": validation.mlps_per_token,
+        "dropped_in_training": _dropped_in_training(training),
         "counts": None if validation.counts is None else validation.counts.tolist(),
         "samples": samples,
     }
     text = "\n\n".join(
-        [domain_table(domains, pooled), *_load(training, validation), _facts(training), *_shown(samples)]
+        [domain_table(domains, pooled), *_load(training, validation), _facts(training, validation), *_shown(samples)]
     )
     path = training.run_folder.path
     (path / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -64,15 +71,52 @@ def _result(domain: str, score: Score, baseline: CompressionBaseline) -> DomainR
 def _load(training: Training, validation: Validation) -> list[str]:
     if validation.counts is None:
         return []
-    return [load_table(training.config.model.moe_layers, validation.load, validation.counts)]
+    model = training.config.model
+    table = load_table(
+        model.moe_layers,
+        validation.load,
+        validation.counts,
+        validation.mlps_per_token,
+        n_special=model.special.total,
+    )
+    dropped = _dropped_in_training(training)
+    if dropped is None:
+        return [table]
+    # The table is of the validation, which drops nothing by default.
+    span = f"{min(dropped):.2%} to {max(dropped):.2%}"
+    return [f"{table}\n\nin the last training step {span} of a layer's assignments were dropped"]
 
 
-def _facts(training: Training) -> str:
+def _dropped_in_training(training: Training) -> list[float] | None:
+    """The share of assignments that the last step dropped in each mixture layer; None where there is no capacity."""
+    model = training.config.model
+    if model.router.capacity.factor is None or not model.moe_layers:
+        return None
+    last = [row for row in read_metrics(training.run_folder.metrics_path) if row["kind"] == "train"][-1]
+    return [last[f"load/{layer}/dropped"] for layer in model.moe_layers]
+
+
+def mean_active_params(model: Transformer, mlps_per_token: Sequence[float]) -> int:
+    """Parameters that a token used on average, where each mixture layer computed so many MLPs a token.
+
+    As :meth:`~moe.model.transformer.Transformer.num_active_params`, with what was seen in place of what is aimed at.
+    """
+    unused = 0.0
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    for layer, mlps in zip(layers, mlps_per_token, strict=True):
+        routed = sum(parameter.numel() for parameter in layer.experts.parameters())
+        unused += routed * (1 - mlps / model.config.experts.n_experts)
+    return round(model.num_params() - unused)
+
+
+def _facts(training: Training, validation: Validation) -> str:
     model, progress = training.model, training.progress
+    mean = mean_active_params(model, validation.mlps_per_token)
+    used = "used by each token" if mean == model.num_active_params() else "used by a token on average"
     rate = progress.tokens / max(progress.seconds, 1e-9)
     skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
     return (
-        f"{model.num_params() / 1e6:.1f}M parameters, {model.num_active_params() / 1e6:.1f}M used by each token; "
+        f"{model.num_params() / 1e6:.1f}M parameters, {mean / 1e6:.1f}M {used}; "
         f"{progress.tokens / 1e6:.2f}M tokens in {duration(progress.seconds)}, {rate:,.0f} tokens/s "
         f"({training.precision}, {training.device.type}){skipped}"
     )

@@ -354,24 +354,33 @@ def test_the_table_of_the_load() -> None:
         LoadSummary(max_over_fair=1.0, min_over_fair=1.0, dead=0, entropy=1.0, dropped=0.0),
         LoadSummary(max_over_fair=2.0, min_over_fair=0.0, dead=2, entropy=0.5, dropped=0.125),
     ]
-    assert load_table([1, 3], summaries, counts).splitlines() == [
+    assert load_table([1, 3], summaries, counts, [2.0, 1.754]).splitlines() == [
         "load of the experts (in order; half a character is the fair share)",
         "",
-        "layer            max/fair  min/fair  dead  entropy  dropped  load",
-        "-----------------------------------------------------------------",
-        "1                   1.00x     1.00x     0    1.000    0.00%  ▄▄▄▄",
-        "3                   2.00x     0.00x     2    0.500   12.50%  ██··",
-        "-----------------------------------------------------------------",
-        "perfect balance     1.00x     1.00x     0    1.000    0.00%  ▄▄▄▄",
+        "layer     max/fair  min/fair  dead  entropy  dropped  MLPs/token  load",
+        "----------------------------------------------------------------------",
+        "1            1.00x     1.00x     0    1.000    0.00%        2.00  ▄▄▄▄",
+        "3            2.00x     0.00x     2    0.500   12.50%        1.75  ██··",
+        "----------------------------------------------------------------------",
+        "balanced     1.00x     1.00x     0    1.000    0.00%              ▄▄▄▄",
     ]
-    assert load_table([1, 3], summaries, torch.tensor(counts), unicode=False).isascii()
+    assert load_table([1, 3], summaries, torch.tensor(counts), [2.0, 1.75], unicode=False).isascii()
+
+
+def test_the_table_says_which_experts_have_no_mlp() -> None:
+    counts = torch.tensor([[3, 1, 2, 2]])
+
+    table = load_table([0], [summarise_load(counts[0])], counts, [1.0], n_special=2)
+
+    assert table.startswith("load of the experts (in order, the last 2 without an MLP; half")
 
 
 def test_the_table_of_256_experts_stays_within_100_columns() -> None:
     counts = torch.arange(256)[None]
-    table = load_table([0], [summarise_load(counts[0])], counts)
+    table = load_table([0], [summarise_load(counts[0])], counts, [256.0], n_special=8)
     assert max(map(len, table.splitlines())) <= 100
-    assert "sorted, 32 of 256" in table
+    assert "sorted, 32 of 256, 8 without an MLP" in table
+    assert "balanced  " in table
 
 
 def test_what_a_model_writes_cannot_disturb_the_terminal() -> None:

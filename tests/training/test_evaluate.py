@@ -1,15 +1,17 @@
 """Validation: every held-out token once, as an independent sum over the text says, and nothing else touched."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from moe.config import AttentionConfig, ExpertsConfig, ModelConfig
+from moe.config import AttentionConfig, ExpertsConfig, ModelConfig, RouterConfig
 from moe.data.prepare import PreparedCorpus
+from moe.model.routing import Routing
 from moe.model.transformer import Transformer
-from moe.training.evaluate import Score, Validation, validate
+from moe.training.evaluate import Score, Validation, mlps_computed, validate
 
 
 @pytest.fixture
@@ -119,8 +121,51 @@ def test_the_load_counts_what_was_routed(model: Transformer, corpus: PreparedCor
     assert validation.counts.sum(dim=1).tolist() == [sum(windows) * 16 * 2] * 2
     assert validation.dropped == [0, 0]
     assert [layer.dropped for layer in validation.load] == [0, 0]
+    assert validation.mlps_per_token == [2.0, 2.0]
     expected = [float(counts.max()) * 4 / float(counts.sum()) for counts in validation.counts]
     assert [layer.max_over_fair for layer in validation.load] == pytest.approx(expected)
+
+
+def test_only_mlps_that_compute_are_counted() -> None:
+    """Two MLPs and two special experts, a dropped assignment and a token of padding."""
+    routing = Routing(
+        logits=torch.zeros(3, 4),
+        scores=torch.zeros(3, 4),
+        selected=torch.tensor([[0, 1], [1, 3], [0, 2]]),
+        weights=torch.ones(3, 2),
+        mask=torch.tensor([True, True, False]),
+        dropped=torch.tensor([[False, True], [False, False], [False, False]]),
+        n_special=2,
+    )
+
+    # Token 0 keeps expert 0, token 1 keeps expert 1 and the copy, token 2 is padding.
+    assert int(mlps_computed(routing)) == 2
+    assert int(mlps_computed(replace(routing, mask=None))) == 3
+    assert int(mlps_computed(replace(routing, dropped=None))) == 3
+    assert int(mlps_computed(replace(routing, n_special=0))) == 3
+    assert int(mlps_computed(replace(routing, mask=None, dropped=None, n_special=0))) == 6
+
+
+def test_the_mean_of_mlps_follows_a_router_that_varies_their_number(corpus: PreparedCorpus) -> None:
+    """ReLU routing takes every expert above 0: here four in the first layer, one in the second."""
+    model = Transformer(
+        ModelConfig(
+            vocab_size=320,
+            n_layers=2,
+            d_model=32,
+            max_seq=64,
+            attention=AttentionConfig(n_heads=2, head_dim=16),
+            experts=ExpertsConfig(n_experts=4, d_ff=16),
+            router=RouterConfig(score="relu", selection="positive", normalise=False, bias=True),
+        )
+    )
+    routers = [block.feed_forward.router for block in model.blocks]
+    with torch.no_grad():
+        for router, bias in zip(routers, ([1.0, 1.0, 1.0, 1.0], [1.0, -1.0, -1.0, -1.0]), strict=True):
+            router.weight.zero_()
+            router.bias.copy_(torch.tensor(bias))
+
+    assert run(model, corpus).mlps_per_token == [4.0, 1.0]
 
 
 def test_bf16_stays_close(model: Transformer, corpus: PreparedCorpus) -> None:
@@ -133,7 +178,7 @@ def test_bf16_stays_close(model: Transformer, corpus: PreparedCorpus) -> None:
 def test_scores_on_paper() -> None:
     """8 bits over 4 bytes; with another 2 bits over 1 byte, 10 over 5."""
     first, second = Score(8 * math.log(2), 2, 4), Score(2 * math.log(2), 3, 1)
-    both = Validation({"first": first, "second": second}, None, []).pooled
+    both = Validation({"first": first, "second": second}, None, [], []).pooled
 
     assert first.bits_per_byte == pytest.approx(2)
     assert first.cross_entropy == pytest.approx(4 * math.log(2))

@@ -69,6 +69,51 @@ def test_parameters_in_the_summary_are_those_of_the_model(begin: Callable[..., T
 
     summary = json.loads((training.run_folder.path / "summary.json").read_text())
     assert summary["parameters"] - summary["active_parameters"] == 2 * 2 * 3 * 32 * 16
+    assert summary["mean_active_parameters"] == summary["active_parameters"]
+    assert summary["mlps_per_token"] == [2.0, 2.0]
+    assert summary["dropped_in_training"] is None
+
+
+def test_what_a_varying_number_of_experts_costs_is_measured(begin: Callable[..., Training]) -> None:
+    training = begin(model__router__preset="remoe")
+    training.run()
+
+    text = write_report(training)
+
+    summary = json.loads((training.run_folder.path / "summary.json").read_text())
+    first, second = summary["mlps_per_token"]
+    # 1536 weights an MLP; the aim is two a token, and at first about half of all logits are above 0.
+    assert first != 2
+    difference = summary["mean_active_parameters"] - summary["active_parameters"]
+    assert difference == pytest.approx(1536 * (first - 2 + second - 2), abs=1)
+    assert "used by a token on average" in text
+    assert f"  {first:.2f}  " in text
+
+
+def test_special_experts_are_no_mlps(begin: Callable[..., Training]) -> None:
+    training = begin(model__router__preset="moe_plus_plus")
+    training.run()
+
+    text = write_report(training)
+
+    summary = json.loads((training.run_folder.path / "summary.json").read_text())
+    of_mlps = [sum(counts[:4]) / sum(counts) for counts in summary["counts"]]
+    assert summary["mlps_per_token"] == pytest.approx([2 * share for share in of_mlps])
+    assert "the last 4 without an MLP" in text
+
+
+def test_the_report_says_what_training_dropped(begin: Callable[..., Training]) -> None:
+    """The validation drops nothing: its table alone would say that nothing was ever lost."""
+    training = begin(model__router__preset="switch", model__router__capacity__factor="0.5")
+    training.run()
+
+    text = write_report(training)
+
+    summary = json.loads((training.run_folder.path / "summary.json").read_text())
+    assert all(share >= 0.5 for share in summary["dropped_in_training"])
+    assert [layer["dropped"] for layer in summary["load"]] == [0, 0]
+    low, high = (f"{bound(summary['dropped_in_training']):.2%}" for bound in (min, max))
+    assert f"in the last training step {low} to {high} of a layer's assignments were dropped" in text
 
 
 def test_a_sample_for_each_of_two_domains_goes_on_from_held_out_text(
