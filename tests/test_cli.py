@@ -225,7 +225,13 @@ def test_presets_are_listed(command: Command) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=str)
 def test_help_names_the_commands(command: Command, arguments: list[str]) -> None:
-    assert command(*arguments) == (0, "python -m moe COMMAND [--help]; commands: generate check-router presets\n", "")
+    status, output, errors = command(*arguments)
+
+    assert (status, errors) == (0, "")
+    title, blank, *lines = output.splitlines()
+    assert (title, blank) == ("python -m moe COMMAND [--help]", "")
+    assert [line.split()[0] for line in lines] == ["generate", "check-router", "presets"]
+    assert all(len(line.split()) > 3 for line in lines)
 
 
 def test_help_of_generate_lists_its_flags(command: Command) -> None:
@@ -239,12 +245,27 @@ def test_help_of_generate_lists_its_flags(command: Command) -> None:
 def test_help_of_the_questions_about_routers(command: Command, flag: str) -> None:
     status, output, errors = command("check-router", flag)
     assert (status, errors) == (0, "")
-    assert output.startswith("python -m moe check-router [PRESET | CONFIG.yaml] ")
+    assert output.startswith("python -m moe check-router [PRESET | CONFIG.yaml | RUN] ")
     assert all(part in output for part in ("--edits N", "--seed N", "--model.KEY VALUE", "Exit status: 0"))
 
     status, output, errors = command("presets", flag)
     assert (status, errors) == (0, "")
     assert output.startswith("python -m moe presets\n")
+
+
+def test_a_terminal_gets_presets_that_it_can_show(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+
+    status, output, errors = command("presets")
+
+    assert (status, errors) == (0, "")
+    blocks = {block.partition(":")[0]: block for block in output.split("\n\n")}
+    assert set(blocks) == set(get_args(Preset))
+    assert max(map(len, output.splitlines())) <= 100
+    leaking = {name for name, block in blocks.items() if "Looks at later tokens" in block}
+    assert leaking == {"gshard", "st_moe", "base", "sinkhorn", "expert_choice"}
+    assert "in training and evaluation." in blocks["expert_choice"]
+    assert "Looks at later tokens in training." in blocks["base"]
 
 
 P = ["--prompt", "sheep"]
@@ -260,8 +281,8 @@ MISTAKES = {
     "no seed": (["generate", "RUN", *P, "--seed", "99999999999999"], "--seed is 99999999999999, and must be from 0"),
     "a setting": (["generate", "RUN", *P, "--training.steps", "3"], "--training.steps belongs to training"),
     "unknown flag": (["generate", "RUN", *P, "--tokns", "3"], "--tokns is unknown; did you mean --tokens?"),
-    "no number": (["generate", "RUN", *P, "--tokens", "many"], "--tokens is 'many', and must be a number"),
-    "no whole number": (["generate", "RUN", *P, "--top-k", "1.5"], "--top-k is '1.5', and must be a number"),
+    "no number": (["generate", "RUN", *P, "--tokens", "many"], "--tokens is 'many', and must be a whole number"),
+    "no whole number": (["generate", "RUN", *P, "--top-k", "1.5"], "--top-k is '1.5', and must be a whole number"),
     "cold": (["generate", "RUN", *P, "--temperature", "-1"], "temperature is -1.0, and must be 0 (greedy) or "),
     "no candidate": (["generate", "RUN", *P, "--top-k", "0"], "top_k is 0, and must be at least 1"),
     "no nucleus": (["generate", "RUN", *P, "--top-p", "1.5"], "top_p is 1.5, and must lie in (0, 1]"),
@@ -270,16 +291,16 @@ MISTAKES = {
     "too many": (["generate", "RUN", *P, "--tokens", "64"], "a prompt of "),
     "no preset": (
         ["check-router", "deepseek_v4"],
-        "deepseek_v4 is neither a preset nor a configuration file; did you mean deepseek_v",
+        "deepseek_v4 is neither a preset nor a configuration file nor a run; did you mean deepseek_v",
     ),
     "nothing like it": (
         ["check-router", "zzz"],
-        "zzz is neither a preset nor a configuration file; python -m moe presets lists them",
+        "zzz is neither a preset nor a configuration file nor a run; python -m moe presets lists them",
     ),
     "no such file": (["check-router", "none.yaml"], "none.yaml: there is no such file"),
     "two routers": (["check-router", "base", "hash"], "one preset or file at a time, and 2 were given"),
     "no edits": (["check-router", "base", "--edits", "0"], "--edits is 0, and must be 1 or more"),
-    "half an edit": (["check-router", "base", "--edits", "0.5"], "--edits is '0.5', and must be a number"),
+    "half an edit": (["check-router", "base", "--edits", "0.5"], "--edits is '0.5', and must be a whole number"),
     "seed of edits": (["check-router", "base", "--seed", "-1"], "--seed is -1, and must be from 0"),
     "not the model": (["check-router", "base", "--data.cache", "x"], "--data.cache is no setting of the model"),
     "a wrong value": (["check-router", "base", "--model.d_model", "x"], "--model.d_model must be a whole number"),
@@ -290,6 +311,54 @@ MISTAKES = {
     ),
     "what presets": (["presets", "base"], "base is too much: python -m moe presets"),
 }
+
+
+def test_a_preset_by_flag_is_checked_alone(command: Command) -> None:
+    """Also where no name stands before it."""
+    by_flag = command("check-router", "--edits", 1, "--model.router.preset", "hash")
+
+    assert by_flag == command("check-router", "hash", "--edits", 1)
+
+
+def test_the_router_of_a_run_is_checked(command: Command, trained: Path) -> None:
+    status, output, errors = command("check-router", trained, "--edits", 1)
+
+    assert (status, errors) == (0, "")
+    assert (
+        output.partition("\n\n")[2]
+        == command("check-router", trained / "config.yaml", "--edits", 1)[1].partition("\n\n")[2]
+    )
+
+
+def test_a_leak_that_is_not_seen_is_said_to_be_rare(command: Command) -> None:
+    """With room for every token at every expert nothing is ever dropped, whatever is declared."""
+    status, output, _ = command("check-router", "gshard", "--edits", 2, "--model.router.capacity.factor", 100)
+
+    assert status == 1
+    assert output.count("declared leaking, not seen") == 3
+    assert output.splitlines()[-1].startswith(
+        "A declared leak that is not seen may only be rare: try more than --edits 2"
+    )
+    assert "may only be rare" not in command("check-router", "mixtral", "--edits", 2)[1]
+
+
+def test_text_that_depends_on_other_prompts_comes_with_a_note(command: Command, run: Path) -> None:
+    written = (run / "config.yaml").read_text()
+    assert command("generate", run, "--prompt", "sheep", "--tokens", 1)[2] == ""
+
+    competing = written.replace("selection: top_k", "selection: expert_choice").replace(
+        "load_balance: 0.01", "load_balance: 0.0"
+    )
+    (run / "config.yaml").write_text(competing)
+    status, output, errors = command("generate", run, "--prompt", "sheep", "--tokens", 1)
+    assert (status, output != "") == (0, True)
+    assert errors == (
+        "note: tokens compete for this router's experts: the other prompts have a say in how each goes on, "
+        "and validation saw later tokens, which are not there while text is written\n"
+    )
+
+    (run / "config.yaml").write_text(competing.replace("dense_twin: false", "dense_twin: true"))
+    assert "note" not in command("generate", run, "--prompt", "sheep", "--tokens", 1)[2]
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
