@@ -337,7 +337,7 @@ def test_a_leak_that_is_not_seen_is_said_to_be_rare(command: Command) -> None:
     assert status == 1
     assert output.count("declared leaking, not seen") == 3
     assert output.splitlines()[-1].startswith(
-        "A declared leak that is not seen may only be rare: try more than --edits 2"
+        "A declared leak that is not seen may only be rare: try more edits than 2"
     )
     assert "may only be rare" not in command("check-router", "mixtral", "--edits", 2)[1]
 
