@@ -55,7 +55,8 @@ def load(path: Path, overrides: Mapping[str, str] = NOTHING) -> Config:
         raw = path.read_bytes()
     except FileNotFoundError:
         siblings = [str(sibling) for sibling in sorted(path.parent.glob("*.yaml"))]
-        raise UserError(f"{path}: there is no such file{_did_you_mean(_nearest(str(path), siblings))}") from None
+        guesses = [f"--{PRESET} {path}"] if str(path) in presets.presets() else _nearest(str(path), siblings)
+        raise UserError(f"{path}: there is no such file{_did_you_mean(guesses)}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, and must be a YAML file") from None
     except OSError as error:
@@ -289,7 +290,10 @@ class _Reading:
             blamed, reason = _join(key, conflict.key), conflict.reason
             if self.preset is not None and blamed.startswith(MODEL):
                 overridden = {key.removeprefix(MODEL) for key in self.values.keys() - self.preset_keys}
+                has_no_effect = blamed in self.preset_keys and reason.startswith("is set, but")
                 reason = presets.explain(self.preset, blamed.removeprefix(MODEL), reason, overridden)
+                if has_no_effect:  # another setting took away what it acted on
+                    reason += f"; set it to {moe.config.shown(settings()[blamed].default)} as well"
             self._problem(blamed, reason)
             return
         setting, value = settings()[key], self.values[key]

@@ -132,6 +132,44 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     assert lines_of(lambda: load(path)) == [f"{path}: there is no such file; did you mean {tmp_path / 'toy.yaml'}?"]
 
 
+def test_the_name_of_a_preset_is_no_file() -> None:
+    [line] = lines_of(lambda: load(Path("deepseek_v3")))
+    assert line == "deepseek_v3: there is no such file; did you mean --model.router.preset deepseek_v3?"
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "inert", "default"),
+    [
+        ("deepseek_v3", {"selection": "top_k"}, "n_groups", "null"),
+        ("deepseek_v3", {"selection": "top_k", "n_groups": "null"}, "top_groups", "null"),
+        ("gshard", {"capacity.factor": "null"}, "capacity.order", "position"),
+    ],
+)
+def test_what_a_preset_sets_and_an_override_leaves_without_effect_comes_with_the_way_out(
+    preset: str, override: dict[str, str], inert: str, default: str
+) -> None:
+    flags = {f"model.router.{key}": value for key, value in ({"preset": preset} | override).items()}
+
+    [line] = lines_of(lambda: parse("{}", "file", flags))
+
+    assert line.startswith(f"--model.router.preset {preset}: model.router.{inert} (from preset {preset}) is set, but ")
+    assert line.endswith(f"; set it to {default} as well")
+
+
+def test_the_way_out_of_a_preset_is_one() -> None:
+    ungrouped = {"selection": "top_k", "n_groups": "null", "top_groups": "null"}
+    flags = {f"model.router.{key}": value for key, value in ({"preset": "deepseek_v3"} | ungrouped).items()}
+
+    router = parse("{}", "file", flags).model.router
+
+    assert (router.preset, router.selection, router.n_groups, router.selection_bias) == (
+        "deepseek_v3",
+        "top_k",
+        None,
+        "sign",
+    )
+
+
 def test_a_missing_file_in_a_missing_folder(tmp_path: Path) -> None:
     path = tmp_path / "nowhere" / "toy.yaml"
     assert lines_of(lambda: load(path)) == [f"{path}: there is no such file"]
