@@ -55,6 +55,8 @@ class Validation:
     """dropped assignments of each mixture layer"""
     mlps_per_token: list[float]
     """expert MLPs that computed a token, on average, of each mixture layer: neither dropped nor special ones"""
+    without_mlp: list[float]
+    """share of the tokens of each mixture layer that no expert's MLP computed"""
 
     @property
     def pooled(self) -> Score:
@@ -83,7 +85,7 @@ def validate(
     """
     device = model.embedding.weight.device
     scores: dict[str, Score] = {}
-    counts = dropped = computed = None
+    counts = dropped = computed = without = None
     routed = 0
     was_training = model.training
     model.eval()
@@ -113,6 +115,8 @@ def validate(
                     dropped = batch_dropped if dropped is None else dropped + batch_dropped
                     batch_computed = torch.stack([mlps_computed(routing) for routing in routings])
                     computed = batch_computed if computed is None else computed + batch_computed
+                    batch_without = torch.stack([tokens_without_mlp(routing) for routing in routings])
+                    without = batch_without if without is None else without + batch_without
                     routed += batch.tokens.numel()
             scores[domain] = Score(float(nats), tokens, held_out.n_bytes)
     finally:
@@ -122,6 +126,7 @@ def validate(
         None if counts is None else counts.cpu(),
         [] if dropped is None else dropped.tolist(),
         [] if computed is None else (computed.double() / routed).tolist(),
+        [] if without is None else (without.double() / routed).tolist(),
     )
 
 
@@ -131,3 +136,11 @@ def mlps_computed(routing: Routing) -> Int[Tensor, ""]:
     if executed is None:
         return torch.full((), routing.selected.numel(), dtype=torch.int64, device=routing.selected.device)
     return executed.sum()
+
+
+def tokens_without_mlp(routing: Routing) -> Int[Tensor, ""]:
+    """Real tokens that no expert's MLP computes."""
+    executed = routing.executed
+    if executed is None:
+        return torch.zeros((), dtype=torch.int64, device=routing.selected.device)
+    return routing.real_tokens() - executed.any(dim=1).sum()

@@ -43,6 +43,7 @@ def write_report(training: Training) -> str:
         "domains": [asdict(result) for result in domains],
         "load": [asdict(layer) for layer in validation.load],
         "mlps_per_token": validation.mlps_per_token,
+        "without_mlp": validation.without_mlp,
         "dropped_in_training": _dropped_in_training(training),
         "counts": None if validation.counts is None else validation.counts.tolist(),
         "samples": samples,
@@ -79,12 +80,17 @@ def _load(training: Training, validation: Validation) -> list[str]:
         validation.mlps_per_token,
         n_special=model.special.total,
     )
+    lines = []
+    if any(validation.without_mlp):
+        lines.append(f"{_span(validation.without_mlp)} of a layer's tokens went through no expert's MLP")
     dropped = _dropped_in_training(training)
-    if dropped is None:
-        return [table]
-    # The table is of the validation, which drops nothing by default.
-    span = f"{min(dropped):.2%} to {max(dropped):.2%}"
-    return [f"{table}\n\nin the last training step {span} of a layer's assignments were dropped"]
+    if dropped is not None:  # the table is of the validation, which drops nothing by default
+        lines.append(f"{_span(dropped)} of a layer's assignments were dropped in the last training step")
+    return ["\n".join([table, "", *lines]) if lines else table]
+
+
+def _span(shares: Sequence[float]) -> str:
+    return f"{min(shares):.2%} to {max(shares):.2%}"
 
 
 def _dropped_in_training(training: Training) -> list[float] | None:
@@ -112,7 +118,8 @@ def mean_active_params(model: Transformer, mlps_per_token: Sequence[float]) -> i
 def _facts(training: Training, validation: Validation) -> str:
     model, progress = training.model, training.progress
     mean = mean_active_params(model, validation.mlps_per_token)
-    used = "used by each token" if mean == model.num_active_params() else "used by a token on average"
+    varies = mean != model.num_active_params() or training.config.model.router.selection == "expert_choice"
+    used = "used by a token on average" if varies and validation.mlps_per_token else "used by each token"
     rate = progress.tokens / max(progress.seconds, 1e-9)
     skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
     return (

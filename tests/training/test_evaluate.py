@@ -11,7 +11,7 @@ from moe.config import AttentionConfig, ExpertsConfig, ModelConfig, RouterConfig
 from moe.data.prepare import PreparedCorpus
 from moe.model.routing import Routing
 from moe.model.transformer import Transformer
-from moe.training.evaluate import Score, Validation, mlps_computed, validate
+from moe.training.evaluate import Score, Validation, mlps_computed, tokens_without_mlp, validate
 
 
 @pytest.fixture
@@ -122,6 +122,7 @@ def test_the_load_counts_what_was_routed(model: Transformer, corpus: PreparedCor
     assert validation.dropped == [0, 0]
     assert [layer.dropped for layer in validation.load] == [0, 0]
     assert validation.mlps_per_token == [2.0, 2.0]
+    assert validation.without_mlp == [0.0, 0.0]
     expected = [float(counts.max()) * 4 / float(counts.sum()) for counts in validation.counts]
     assert [layer.max_over_fair for layer in validation.load] == pytest.approx(expected)
 
@@ -144,6 +145,22 @@ def test_only_mlps_that_compute_are_counted() -> None:
     assert int(mlps_computed(replace(routing, dropped=None))) == 3
     assert int(mlps_computed(replace(routing, n_special=0))) == 3
     assert int(mlps_computed(replace(routing, mask=None, dropped=None, n_special=0))) == 6
+
+
+def test_tokens_without_an_mlp_are_real_and_have_no_kept_choice_of_one() -> None:
+    """Token 0 has an MLP left; token 1 a copy alone; token 2 a dropped MLP; token 3 is padding."""
+    routing = Routing(
+        logits=torch.zeros(4, 3),
+        scores=torch.zeros(4, 3),
+        selected=torch.tensor([[0, 2], [2, 1], [1, 2], [0, 1]]),
+        weights=torch.ones(4, 2),
+        mask=torch.tensor([True, True, True, False]),
+        dropped=torch.tensor([[False, False], [False, True], [True, False], [False, False]]),
+        n_special=1,
+    )
+
+    assert int(tokens_without_mlp(routing)) == 2
+    assert int(tokens_without_mlp(replace(routing, mask=None, dropped=None, n_special=0))) == 0
 
 
 def test_the_mean_of_mlps_follows_a_router_that_varies_their_number(corpus: PreparedCorpus) -> None:
@@ -178,7 +195,7 @@ def test_bf16_stays_close(model: Transformer, corpus: PreparedCorpus) -> None:
 def test_scores_on_paper() -> None:
     """8 bits over 4 bytes; with another 2 bits over 1 byte, 10 over 5."""
     first, second = Score(8 * math.log(2), 2, 4), Score(2 * math.log(2), 3, 1)
-    both = Validation({"first": first, "second": second}, None, [], []).pooled
+    both = Validation({"first": first, "second": second}, None, [], [], []).pooled
 
     assert first.bits_per_byte == pytest.approx(2)
     assert first.cross_entropy == pytest.approx(4 * math.log(2))

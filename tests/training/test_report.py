@@ -90,6 +90,21 @@ def test_what_a_varying_number_of_experts_costs_is_measured(begin: Callable[...,
     assert f"  {first:.2f}  " in text
 
 
+def test_tokens_that_no_expert_chose_are_reported(begin: Callable[..., Training]) -> None:
+    """Each of four experts takes a quarter of a batch's tokens: one a token on average, and for some none."""
+    training = begin(model__router__preset="expert_choice", model__router__top_k="1")
+    training.run()
+
+    text = write_report(training)
+
+    summary = json.loads((training.run_folder.path / "summary.json").read_text())
+    low, high = (f"{bound(summary['without_mlp']):.2%}" for bound in (min, max))
+    assert max(summary["without_mlp"]) > 0
+    assert f"{low} to {high} of a layer's tokens went through no expert's MLP" in text
+    assert summary["mlps_per_token"] == pytest.approx([1, 1], rel=0.01)
+    assert "used by a token on average" in text
+
+
 def test_special_experts_are_no_mlps(begin: Callable[..., Training]) -> None:
     training = begin(model__router__preset="moe_plus_plus")
     training.run()
@@ -113,7 +128,8 @@ def test_the_report_says_what_training_dropped(begin: Callable[..., Training]) -
     assert all(share >= 0.5 for share in summary["dropped_in_training"])
     assert [layer["dropped"] for layer in summary["load"]] == [0, 0]
     low, high = (f"{bound(summary['dropped_in_training']):.2%}" for bound in (min, max))
-    assert f"in the last training step {low} to {high} of a layer's assignments were dropped" in text
+    assert f"{low} to {high} of a layer's assignments were dropped in the last training step" in text
+    assert "went through no expert" not in text
 
 
 def test_a_sample_for_each_of_two_domains_goes_on_from_held_out_text(
