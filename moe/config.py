@@ -104,6 +104,10 @@ def _in_unit_interval(section: Any, *keys: str) -> None:
         require(0 <= value <= 1, key, f"is {value}, and must lie between 0 and 1")
 
 
+def _is_default(section: Any, key: str) -> bool:
+    return bool(getattr(section, key) == type(section).__dataclass_fields__[key].default)
+
+
 def shown(value: object) -> str:
     """``value`` as a configuration writes it: true, null, 0.5, top_k."""
     return value if isinstance(value, str) else json.dumps(value)
@@ -269,8 +273,11 @@ class CapacityConfig:
     def __post_init__(self) -> None:
         require(self.factor is None or self.factor > 0, "factor", f"is {self.factor}; null makes the layer dropless")
         for key in ("order", "scope", "in_evaluation"):
-            is_default = getattr(self, key) == type(self).__dataclass_fields__[key].default
-            require(self.factor is not None or is_default, key, "is set, but factor is null: nothing is ever dropped")
+            require(
+                self.factor is not None or _is_default(self, key),
+                key,
+                "is set, but factor is null: nothing is ever dropped",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +291,7 @@ class RouterConfig:
     preset: Preset | None = None
     """a published router (moe/presets.yaml): beside it a file's own keys win; as a flag it replaces the file's own"""
     top_k: int = 2
-    """experts per token; what top_p, positive and expert_choice aim at on average"""
+    """experts per token; what positive and expert_choice aim at on average, and top_p is taken to; not for all"""
     projection: Projection = "linear"
     """logits from hidden states: a matrix, cosine with a temperature (X-MoE), or two layers with tanh (MoE++)"""
     projection_width: int | None = None
@@ -342,9 +349,13 @@ class RouterConfig:
         for key in ("temperature", "logit_norm", "threshold", "sampling_margin", "second_choice", "bias_rate"):
             value = getattr(self, key)
             require(value is None or value > 0, key, f"is {value}, and must be positive")
-        require(self.threshold is None or self.threshold <= 1, "threshold", f"is {self.threshold}, and is at most 1")
+        for key in ("threshold", "second_choice"):
+            value = getattr(self, key)
+            require(value is None or value <= 1, key, f"is {value}, and must be at most 1")
         self._require_that_every_key_acts()
-        self._require_axes_that_fit()
+        self._require_weights_that_fit()
+        self._require_a_choice_that_fits()
+        self._require_a_gradient_that_fits()
 
     def _require_that_every_key_acts(self) -> None:
         owners: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -371,16 +382,15 @@ class RouterConfig:
         else:
             require(self.group_score == "top_two", "group_score", "is set, but selection is not group_limited")
         if not self.has_logits:
-            for key in ("bias", "residual", "jitter", "logit_norm"):
+            for key in ("bias", "residual", "jitter", "logit_norm", "projection", "score"):
                 require(
-                    not getattr(self, key),
+                    _is_default(self, key),
                     key,
                     f"is set, but selection {self.selection} with equal weights computes no logits",
                 )
-            require(self.projection == "linear", "projection", f"is set, but {self.selection} computes no logits")
 
-    def _require_axes_that_fit(self) -> None:
-        chosen, fixed = self.selection, ("top_k", "group_limited")
+    def _require_weights_that_fit(self) -> None:
+        chosen = self.selection
         require(
             not (self.normalise and self.top_k == 1 and self.weights == "scores" and chosen not in _SEVERAL_EXPERTS),
             "normalise",
@@ -403,7 +413,20 @@ class RouterConfig:
             f"is {self.score}, but selection {chosen} needs probabilities: set it to softmax",
         )
         require(
-            self.selection_bias == "none" or chosen in fixed,
+            self.weights == "scores" or self.gradient == "selected",
+            "weights",
+            f"is equal: the router has no weight to train by gradient {self.gradient}",
+        )
+        require(
+            self.weights == "scores" or chosen in ("hash", "random", "all"),
+            "weights",
+            f"is equal, so that nothing would train the router of {chosen}; it goes with hash, random and all",
+        )
+
+    def _require_a_choice_that_fits(self) -> None:
+        chosen = self.selection
+        require(
+            self.selection_bias == "none" or chosen in _FIXED_NUMBER,
             "selection_bias",
             f"is {self.selection_bias}, but selection {chosen} does not rank experts by a score plus a bias; "
             "it goes with top_k and group_limited",
@@ -414,29 +437,18 @@ class RouterConfig:
             "is quantile, whose update solves for plain top_k; use sign with group_limited",
         )
         require(
-            self.noise == "none" or chosen in (*fixed, "top_p", "positive"),
+            self.noise == "none" or chosen in (*_FIXED_NUMBER, "top_p", "positive"),
             "noise",
             f"is {self.noise}, but selection {chosen} brings its own randomness or needs none",
         )
         require(
-            self.noise != "gumbel" or (chosen in fixed and self.selection_bias == "none"),
+            self.noise != "gumbel" or (chosen in _FIXED_NUMBER and self.selection_bias == "none"),
             "noise",
             "is gumbel, which draws experts without replacement by their logits: it goes with selection top_k or "
             "group_limited, without a selection bias",
         )
         require(
-            self.gradient != "heun" or chosen == "sampled",
-            "gradient",
-            f"is heun, which estimates the gradient of a sampled choice, but selection is {chosen}; set it to sampled",
-        )
-        require(
-            self.gradient != "all_experts"
-            or (chosen in fixed and self.apply == "after" and self.capacity.factor is None),
-            "gradient",
-            "is all_experts, which goes with selection top_k or group_limited, apply after and no capacity",
-        )
-        require(
-            self.second_choice is None or (self.top_k > 1 and chosen in fixed),
+            self.second_choice is None or (self.top_k > 1 and chosen in _FIXED_NUMBER),
             "second_choice",
             "is set, but there is no second choice: it goes with selection top_k or group_limited and top_k above 1",
         )
@@ -450,16 +462,61 @@ class RouterConfig:
             "top_k",
             f"is {self.top_k}, but selection base assigns each token to one expert",
         )
+
+    def _require_a_gradient_that_fits(self) -> None:
+        chosen = self.selection
         require(
-            self.weights == "scores" or self.gradient == "selected",
-            "weights",
-            f"is equal: the router has no weight to train by gradient {self.gradient}",
+            self.gradient != "heun" or chosen == "sampled",
+            "gradient",
+            f"is heun, which estimates the gradient of a sampled choice, but selection is {chosen}; set it to sampled",
         )
         require(
-            self.weights == "scores" or chosen in ("hash", "random", "all"),
-            "weights",
-            f"is equal, so that nothing would train the router of {chosen}; it goes with hash, random and all",
+            self.gradient != "heun" or not self.normalise,
+            "normalise",
+            "is true with gradient heun, whose estimate scales the weights one by one: set normalise to false",
         )
+        require(
+            self.gradient != "heun" or self.apply == "after",
+            "apply",
+            "is before, but gradient heun takes the output to be linear in the weight: set apply to after",
+        )
+        require(
+            self.gradient != "all_experts"
+            or (
+                chosen in _FIXED_NUMBER
+                and self.apply == "after"
+                and self.capacity.factor is None
+                and self.second_choice is None
+            ),
+            "gradient",
+            "is all_experts, which goes with selection top_k or group_limited, apply after, no capacity and "
+            "second_choice null",
+        )
+
+    def inner_width(self, n_experts: int) -> int | None:
+        """Width between the projection's two matrices for E experts, with the default resolved; None for linear."""
+        default = {"linear": None, "cosine": 16, "two_layer": 8 * n_experts}[self.projection]
+        return default if self.projection_width is None else self.projection_width
+
+    @property
+    def initial_temperature(self) -> float:
+        """Where the cosine's temperature starts, with the default resolved."""
+        return 0.5 if self.temperature is None else self.temperature
+
+    @property
+    def probability_mass(self) -> float:
+        """What top_p gathers, with the default resolved."""
+        return 0.4 if self.threshold is None else self.threshold
+
+    @property
+    def margin(self) -> float:
+        """Half of the relative distance from the best at which sampling stops, with the default resolved."""
+        return 0.01 if self.sampling_margin is None else self.sampling_margin
+
+    @property
+    def bias_step(self) -> float:
+        """Rate of the sign and proportional updates, with the default resolved."""
+        return 0.001 if self.bias_rate is None else self.bias_rate
 
     @property
     def has_logits(self) -> bool:
@@ -476,6 +533,8 @@ class RouterConfig:
 
         Expert choice compares tokens of the whole batch; Sinkhorn and BASE do in training; a capacity by choice lets a
         later token's first choice evict an earlier token's second (a lone choice cannot be), and one by score any.
+        That a capacity grows with the number of tokens, later ones included, is left out of account: in training all
+        sequences are equally long.
         """
         if self.selection == "expert_choice" or (training and self.selection in ("sinkhorn", "base")):
             return False
@@ -491,6 +550,9 @@ class RouterConfig:
         drops = self.capacity.factor is not None and (training or self.capacity.in_evaluation)
         return not drops or self.capacity.scope == "sequence"
 
+
+_FIXED_NUMBER = ("top_k", "group_limited")
+"""selections of the top_k experts of largest preference, each token for itself"""
 
 _SEVERAL_EXPERTS = ("top_p", "positive", "expert_choice", "all")
 """selections in which top_k 1 does not mean that each token has one weight"""
@@ -533,8 +595,13 @@ class BalanceConfig:
     def __post_init__(self) -> None:
         _at_least(self, 0, "load_balance", "z_loss", "importance", "noisy_load", "device", "sparsity", "entropy")
         _at_least(self, 0, "orthogonality", "special_weight")
-        _at_least(self, 1, "n_devices")
+        _at_least(self, 2, "n_devices")
         require(self.sparsity_rate > 1, "sparsity_rate", f"is {self.sparsity_rate}, and must be above 1")
+        require(
+            self.sparsity > 0 or _is_default(self, "sparsity_rate"),
+            "sparsity_rate",
+            "is set, but sparsity is 0: there is no coefficient to steer",
+        )
         require(
             (self.n_devices is None) == (self.device == 0),
             "n_devices",
@@ -603,11 +670,6 @@ class ModelConfig:
             "router.top_k",
             f"is {router.top_k}, but experts.n_experts is {self.experts.n_experts}{special}",
         )
-        require(
-            router.second_choice is None or router.second_choice <= 1,
-            "router.second_choice",
-            f"is {router.second_choice}, and a weight is at most 1",
-        )
         if router.n_groups is not None:
             assert router.top_groups is not None
             size, rest = divmod(routed, router.n_groups)
@@ -633,6 +695,11 @@ class ModelConfig:
                 "router.apply",
                 "is before, but special experts are weighted after they are computed",
             )
+            require(
+                router.second_choice is None or not self.special.zero,
+                "router.second_choice",
+                "goes by a choice's weight, and a zero expert (special.zero) has none",
+            )
         else:
             require(
                 self.balance.special_weight == 1,
@@ -649,10 +716,16 @@ class ModelConfig:
                 f"is {getattr(balance, key)}, but router.selection {router.selection} does not choose by the scores "
                 "that this loss would train; set it to 0",
             )
+        for key in ("z_loss", "entropy", "orthogonality"):
+            require(
+                router.has_logits or not getattr(balance, key),
+                f"balance.{key}",
+                f"is {getattr(balance, key)}, but router.selection {router.selection} computes no logits; set it to 0",
+            )
         require(
-            router.has_logits or not balance.z_loss,
-            "balance.z_loss",
-            f"is {balance.z_loss}, but router.selection {router.selection} computes no logits; set it to 0",
+            not balance.importance or not self.special.zero,
+            "balance.importance",
+            f"is {balance.importance}, but it evens out weights, and a zero expert (special.zero) has none",
         )
         require(
             not balance.noisy_load or router.noise == "shazeer",
@@ -675,9 +748,9 @@ class ModelConfig:
             f"is {balance.entropy}, but router.score {router.score} gives no probabilities",
         )
         require(
-            not balance.orthogonality or (router.projection == "linear" and router.has_logits),
+            not balance.orthogonality or router.projection == "linear",
             "balance.orthogonality",
-            f"is {balance.orthogonality}, but there is no linear router",
+            f"is {balance.orthogonality}, but router.projection {router.projection} is no single matrix",
         )
         require(
             balance.n_devices is None or self.routed_experts % balance.n_devices == 0,
@@ -696,6 +769,11 @@ class ModelConfig:
         return self.routed_experts if self.router.selection == "all" else self.router.top_k
 
     @property
+    def mlps_per_token(self) -> int:
+        """Of :attr:`experts_per_token` those with an MLP, at most: special experts count as such, up to all MLPs."""
+        return min(self.experts_per_token, self.experts.n_experts)
+
+    @property
     def shared_width(self) -> int:
         """Hidden width of all shared experts of a layer together."""
         return self.shared.n_experts * (self.shared.d_ff or self.experts.d_ff)
@@ -710,7 +788,7 @@ class ModelConfig:
     @property
     def active_width(self) -> int:
         """Hidden width that one token passes through in a mixture: k routed experts and the shared ones."""
-        return self.experts_per_token * self.experts.d_ff + self.shared_width
+        return self.mlps_per_token * self.experts.d_ff + self.shared_width
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block ``layer`` (from 0) is a mixture: the last of every ``every``, none of ``first_dense``."""

@@ -82,6 +82,9 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("jitter", "computes no logits", lambda: RouterConfig(**HASH, jitter=0.01)),
     ("logit_norm", "computes no logits", lambda: RouterConfig(**HASH, logit_norm=1.0)),
     ("projection", "computes no logits", lambda: RouterConfig(**HASH, projection="cosine")),
+    ("score", "computes no logits", lambda: RouterConfig(**HASH, score="sigmoid")),
+    ("sparsity_rate", "sparsity is 0", lambda: BalanceConfig(sparsity_rate=1.5)),
+    ("n_devices", "at least 2", lambda: BalanceConfig(device=0.1, n_devices=1)),
     ("factor", "dropless", lambda: CapacityConfig(factor=0.0)),
     ("order", "nothing is ever dropped", lambda: CapacityConfig(order="score")),
     ("scope", "nothing is ever dropped", lambda: CapacityConfig(scope="sequence")),
@@ -99,6 +102,13 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("noise", "without replacement", lambda: RouterConfig(selection="top_p", noise="gumbel")),
     ("noise", "without a selection bias", lambda: RouterConfig(noise="gumbel", selection_bias="sign")),
     ("gradient", "set it to sampled", lambda: RouterConfig(gradient="heun")),
+    ("normalise", "one by one", lambda: RouterConfig(selection="sampled", gradient="heun")),
+    (
+        "apply",
+        "linear",
+        lambda: RouterConfig(selection="sampled", gradient="heun", normalise=False, apply="before"),
+    ),
+    ("gradient", "second_choice", lambda: RouterConfig(gradient="all_experts", second_choice=0.5)),
     ("gradient", "no capacity", lambda: RouterConfig(gradient="all_experts", capacity=CapacityConfig(factor=1.0))),
     ("gradient", "apply after", lambda: RouterConfig(gradient="all_experts", apply="before")),
     ("gradient", "top_k or group_limited", lambda: RouterConfig(gradient="all_experts", selection="top_p")),
@@ -116,7 +126,7 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("weights", "gradient all_experts", lambda: RouterConfig(weights="equal", gradient="all_experts")),
     ("weights", "nothing would train", lambda: RouterConfig(weights="equal")),
     # ---- the router and the experts
-    ("router.second_choice", "at most 1", lambda: model({"second_choice": 1.5})),
+    ("second_choice", "at most 1", lambda: RouterConfig(second_choice=1.5)),
     ("router.n_groups", "does not divide 16", lambda: model({**GROUPS, "n_groups": 3})),
     ("router.top_groups", "leaves 8 experts", lambda: model({**GROUPS, "top_k": 9})),
     ("router.group_score", "one expert", lambda: model({**GROUPS, "n_groups": 16})),
@@ -127,6 +137,11 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ),
     ("special.zero", "all_experts", lambda: model({"gradient": "all_experts"}, special=SpecialExpertsConfig(zero=1))),
     ("router.apply", "after they are", lambda: model({"apply": "before"}, special=SpecialExpertsConfig(constant=1))),
+    (
+        "router.second_choice",
+        "zero expert",
+        lambda: model({"second_choice": 0.5}, special=SpecialExpertsConfig(zero=1)),
+    ),
     ("zero", "at least 0", lambda: SpecialExpertsConfig(zero=-1)),
     # ---- losses that would train nothing
     ("balance.load_balance", "does not choose by", lambda: ModelConfig(router=RouterConfig(selection="sinkhorn"))),
@@ -145,6 +160,19 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
         "computes no logits",
         lambda: model(HASH, balance=BalanceConfig(load_balance=0.0, z_loss=0.001)),
     ),
+    *(
+        (
+            f"balance.{loss}",
+            "computes no logits",
+            partial(model, HASH, balance=BalanceConfig(load_balance=0.0, **{loss: 0.1})),
+        )
+        for loss in ("entropy", "orthogonality")
+    ),
+    (
+        "balance.importance",
+        "zero expert",
+        lambda: model(balance=BalanceConfig(importance=0.1), special=SpecialExpertsConfig(zero=1)),
+    ),
     ("balance.noisy_load", "noise shazeer", lambda: model(balance=BalanceConfig(noisy_load=0.1))),
     (
         "balance.noisy_load",
@@ -155,7 +183,7 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("balance.entropy", "score sigmoid", lambda: model({"score": "sigmoid"}, balance=BalanceConfig(entropy=0.1))),
     (
         "balance.orthogonality",
-        "no linear router",
+        "no single matrix",
         lambda: model({"projection": "cosine"}, balance=BalanceConfig(orthogonality=0.1)),
     ),
     ("balance.special_weight", "no special experts", lambda: model(balance=BalanceConfig(special_weight=0.75))),
@@ -269,6 +297,26 @@ def test_a_token_sees_its_routed_and_the_shared_experts() -> None:
     assert ModelConfig(experts=experts).active_width == 200  # top 2 x 100
     assert ModelConfig(experts=experts, shared=SharedExpertsConfig(n_experts=3)).active_width == 500  # + 3 x 100
     assert ModelConfig(experts=experts, shared=SharedExpertsConfig(n_experts=3, d_ff=10)).active_width == 230
+
+
+def test_a_token_sees_no_more_mlps_than_there_are() -> None:
+    """Four of two MLPs and six copies: at most 2 x 100."""
+    few = model({"top_k": 4}, experts=ExpertsConfig(n_experts=2, d_ff=100), special=SpecialExpertsConfig(copy=6))
+
+    assert few.active_width == 200
+
+
+def test_what_null_stands_for() -> None:
+    plain = RouterConfig()
+    assert (plain.initial_temperature, plain.probability_mass, plain.margin, plain.bias_step) == (0.5, 0.4, 0.01, 0.001)
+    assert plain.inner_width(4) is None
+    assert RouterConfig(projection="cosine").inner_width(4) == 16
+    assert RouterConfig(projection="two_layer").inner_width(4) == 32
+    assert RouterConfig(projection="two_layer", projection_width=5).inner_width(4) == 5
+    assert RouterConfig(projection="cosine", temperature=0.1).initial_temperature == 0.1
+    assert RouterConfig(selection="top_p", threshold=0.7).probability_mass == 0.7
+    assert RouterConfig(selection="sampled", sampling_margin=0.2).margin == 0.2
+    assert RouterConfig(selection_bias="sign", bias_rate=0.01).bias_step == 0.01
 
 
 def test_the_configured_dense_width_is_for_blocks_that_are_no_mixture() -> None:

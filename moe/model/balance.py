@@ -56,7 +56,7 @@ def load_balancing_loss(
 
     Values below 1 are legal: for hard top-k the uniform load is not the minimum of this form.
     """
-    counted = first_choices(routing) if choices == "first" else routing
+    counted = routing.first_choices() if choices == "first" else routing
     if per_sequence:
         if counts is not None:
             raise ValueError("counts are of more tokens than a sequence, so they do not go with per_sequence")
@@ -205,17 +205,6 @@ def fair_experts(routing: Routing, special_weight: float) -> float:
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def first_choices(routing: Routing) -> Routing:
-    """``routing`` with the first place of each token alone."""
-    return replace(
-        routing,
-        selected=routing.selected[:, :1],
-        weights=routing.weights[:, :1],
-        dropped=None if routing.dropped is None else routing.dropped[:, :1],
-        assigned=None if routing.assigned is None else routing.assigned[:, :1],
-    )
 
 
 def _over_sequences(routing: Routing, counts: Int[Tensor, "B E"], special_weight: float) -> Float[Tensor, ""]:

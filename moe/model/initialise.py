@@ -23,10 +23,12 @@ def initialise(model: nn.Module, init_std: float, n_layers: int, seed: int) -> N
     appendix A); the vectors of constant experts from a standard normal (MoE++), a temperature where it is configured.
     """
     residual_std = init_std / math.sqrt(2 * n_layers)
+    routers = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, Router)}
+    temperatures = {f"{name}temperature": router.config.initial_temperature for name, router in routers.items()}
     noisy = {
-        f"{name}.{own}"
-        for name, r in model.named_modules()
-        if isinstance(r, Router) and r.noise_weight is not None
+        f"{name}{own}"
+        for name, router in routers.items()
+        if router.noise_weight is not None
         for own in ("weight", "noise_weight")
     }
     for name, parameter in model.named_parameters():
@@ -38,7 +40,9 @@ def initialise(model: nn.Module, init_std: float, n_layers: int, seed: int) -> N
             nn.init.zeros_(parameter)
         elif name.endswith("special.constant"):
             _normal_(parameter, 1.0, seed, name)
-        elif not name.endswith("router.temperature"):
+        elif name in temperatures:
+            nn.init.constant_(parameter, temperatures[name])
+        else:
             std = residual_std if name.endswith(RESIDUAL_OUTPUTS) else init_std
             _normal_(parameter, std, seed, name)
 

@@ -89,15 +89,25 @@ class Routing:
         """This routing with those assignments dropped: they are still counted as load, and their weight is 0."""
         return replace(self, dropped=dropped, weights=self.weights.masked_fill(dropped, 0.0))
 
+    def first_choices(self) -> "Routing":
+        """This routing with the first place of each token alone."""
+        return replace(
+            self,
+            selected=self.selected[:, :1],
+            weights=self.weights[:, :1],
+            dropped=None if self.dropped is None else self.dropped[:, :1],
+            assigned=None if self.assigned is None else self.assigned[:, :1],
+        )
+
     def one_row_a_place(self) -> "Routing":
         """The T·K places as single choices of as many tokens, of weight 1 where carried out, else 0."""
         carried_out = self.carried_out
-        kept = None if carried_out is None else carried_out.view(-1, 1)
-        ones = torch.ones_like(self.weights).view(-1, 1)
+        kept = None if carried_out is None else carried_out.reshape(-1, 1)
+        ones = self.weights.new_ones(self.weights.numel(), 1)
         return Routing(
             logits=self.logits.repeat_interleave(self.top_k, dim=0),
             scores=self.scores.repeat_interleave(self.top_k, dim=0),
-            selected=self.selected.view(-1, 1),
+            selected=self.selected.reshape(-1, 1),
             weights=ones if kept is None else ones * kept,
             assigned=kept,
             n_special=self.n_special,
@@ -116,11 +126,6 @@ class Routing:
         ``histc`` is neither deterministic on CUDA nor exact.
         """
         return _count(self.selected, self.present, self.n_experts)
-
-    def first_choice_counts(self) -> Int[Tensor, " E"]:
-        """Real tokens whose first choice each expert is."""
-        present = self.present
-        return _count(self.selected[:, :1], None if present is None else present[:, :1], self.n_experts)
 
     def sequence_counts(self) -> Int[Tensor, "B E"]:
         """:meth:`counts` of each sequence."""

@@ -80,14 +80,15 @@ class Transformer(nn.Module):
     def num_active_params(self) -> int:
         """Parameters that one token uses, embedding and head included: of E routed experts, K.
 
-        Where the number varies from token to token, K is what it is steered to. A special expert counts as an MLP.
+        Where the number varies from token to token, K is what it is steered to. A special expert counts as an MLP, as
+        far as there are MLPs.
         """
         unused = 0
         for module in self.modules():
             if isinstance(module, MoELayer):
                 routed = sum(parameter.numel() for parameter in module.experts.parameters())
                 n_experts = self.config.experts.n_experts
-                unused += routed // n_experts * (n_experts - min(n_experts, self.config.experts_per_token))
+                unused += routed // n_experts * (n_experts - self.config.mlps_per_token)
         return self.num_params() - unused
 
     def _positions_and_visibility(

@@ -380,11 +380,10 @@ def update_selection_biases(routers: Sequence[Router], counts: StepCounts) -> No
         bias, rule = router.selection_bias, router.config.selection_bias
         if bias is None:
             continue
-        rate = 0.001 if router.config.bias_rate is None else router.config.bias_rate
         if rule == "sign":
-            sign_update(bias, load, rate)
+            sign_update(bias, load, router.config.bias_step)
         elif rule == "proportional":
-            proportional_update(bias, load, rate, router.n_special)
+            proportional_update(bias, load, router.config.bias_step, router.n_special)
         elif rule == "quantile":
             quantile_update(bias, counts.logits_over_ranks(layer), router.config.top_k)
 

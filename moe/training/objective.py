@@ -12,7 +12,6 @@ from moe.model.balance import (
     common_scale,
     device_loss,
     entropy_loss,
-    first_choices,
     importance_loss,
     load_balancing_loss,
     noisy_load_loss,
@@ -152,7 +151,7 @@ class StepCounts:
             self.dropped = _plus(self.dropped, torch.stack([routing.dropped_count() for routing in routings]))
             self.tokens = _plus(self.tokens, routings[0].real_tokens())
             if self.choices == "first":
-                first = torch.stack([first_choices(routing).counts() for routing in routings])
+                first = torch.stack([routing.first_choices().counts() for routing in routings])
                 self.first_counts = _plus(self.first_counts, first)
             if self.logits is not None:
                 self.logits = self.logits or [[] for _ in routings]

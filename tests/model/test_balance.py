@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe.config import RouterConfig
 from moe.model.balance import (
     adapted_coefficient,
     common_scale,
@@ -23,6 +24,7 @@ from moe.model.balance import (
     sparsity_loss,
     z_loss,
 )
+from moe.model.router import Router
 from moe.model.routing import LearnedNoise, Routing
 
 Loss = Callable[[Routing], Tensor]
@@ -377,6 +379,19 @@ def test_the_noisy_load_is_that_of_the_paper(top_k: int) -> None:
 
 def test_every_expert_of_all_is_certain() -> None:
     assert noisy_load_loss(noisy(random_logits(5, 4), 4)).item() == 0.0
+
+
+def test_the_noisy_load_of_a_router_that_has_lost_its_noise_has_a_gradient_of_zero_not_nan() -> None:
+    """softplus(-200) is 0 in float32, and the load would divide by it."""
+    router = Router(RouterConfig(noise="shazeer"), 1, 4)
+    torch.nn.init.ones_(router.weight)
+    router.weight.data[0] = 2.0
+    torch.nn.init.constant_(router.noise_weight, -200.0)
+
+    noisy_load_loss(router(torch.ones(5, 1))).backward()
+
+    assert router.noise_weight.grad.isfinite().all()
+    assert router.weight.grad.isfinite().all()
 
 
 def test_the_noisy_load_needs_noise() -> None:

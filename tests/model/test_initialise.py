@@ -15,6 +15,7 @@ from moe.config import (
     RouterConfig,
     SharedExpertsConfig,
 )
+from moe.model.initialise import initialise
 from moe.model.transformer import Transformer
 
 CUT = 0.9866
@@ -150,3 +151,26 @@ def test_a_zero_router_is_refused() -> None:
     """All experts would tie, and every token go to the same k of them."""
     with pytest.raises(ConfigError, match="a zero router would send every token one way"):
         ModelConfig(init_std=0.0)
+
+
+def test_a_model_from_the_meta_device_gets_its_temperature_when_it_is_initialised() -> None:
+    """Memory from to_empty holds anything; a temperature is no draw, and was once left as it was found."""
+    config = ModelConfig(
+        vocab_size=16,
+        n_layers=1,
+        d_model=8,
+        attention=AttentionConfig(n_heads=1, head_dim=8),
+        router=RouterConfig(projection="cosine", temperature=0.3),
+    )
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+
+    initialise(model, config.init_std, config.n_layers, seed=0)
+
+    drawn = dict(model.named_parameters())
+    assert all(torch.equal(value, drawn[name]) for name, value in Transformer(config).named_parameters())
+    assert drawn["blocks.0.feed_forward.router.temperature"].item() == pytest.approx(0.3)

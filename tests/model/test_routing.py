@@ -141,10 +141,19 @@ def test_an_mlp_executes_no_assignment_to_a_special_expert() -> None:
     assert three.carried_out is None
 
 
+def test_as_rows_of_one_choice_with_padding_and_more_than_one_choice() -> None:
+    """The mask of a token is that of each of its choices."""
+    rows = routing([[0, 1], [1, 2], [3, 1]], 5, mask=PADDING).one_row_a_place()
+
+    assert rows.selected.flatten().tolist() == [0, 1, 1, 2, 3, 1]
+    assert rows.weights.flatten().tolist() == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    assert rows.counts().tolist() == [1, 2, 1, 0, 0]
+
+
 def test_first_choices_are_counted_apart() -> None:
     three = routing([[0, 1], [1, 2], [3, 1]], 5, mask=PADDING)
 
-    assert three.first_choice_counts().tolist() == [1, 1, 0, 0, 0]
+    assert three.first_choices().counts().tolist() == [1, 1, 0, 0, 0]
 
 
 def test_counts_of_each_sequence() -> None:

@@ -47,9 +47,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.n_experts, self.n_special, self.n_zero, self.layer = n_experts, n_special, n_zero, layer
-        width = {"cosine": config.projection_width or 16, "two_layer": config.projection_width or 8 * n_experts}.get(
-            config.projection
-        )
+        width = config.inner_width(n_experts)
 
         def matrix(wanted: bool, rows: int, columns: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(rows, columns)) if wanted and config.has_logits else None
@@ -60,7 +58,7 @@ class Router(nn.Module):
         self.residual_weight = matrix(config.residual and not first, n_experts, n_experts)
         self.bias = nn.Parameter(torch.empty(n_experts)) if config.bias else None
         self.temperature = (
-            nn.Parameter(torch.tensor(config.temperature or 0.5)) if config.projection == "cosine" else None
+            nn.Parameter(torch.tensor(config.initial_temperature)) if config.projection == "cosine" else None
         )
         self.selection_bias: Tensor | None
         self.register_buffer("selection_bias", None if config.selection_bias == "none" else torch.zeros(n_experts))
@@ -159,9 +157,7 @@ class Router(nn.Module):
         raw = scores.gather(-1, choice.selected) if choice.weights is None else choice.weights
         if self.config.weights == "equal":
             raw = torch.ones_like(raw)
-        weights = combine_weights(
-            raw, self.config.normalise, self.config.scale, weighted, may_vanish=self.config.score != "softmax"
-        )
+        weights = combine_weights(raw, self.config.normalise, self.config.scale, weighted)
         if self.config.second_choice is not None and self.training:
             # Decided by the weight before its scale, and not renormalised after (GShard, algorithm 1).
             kept = kept_second_choices(weights / self.config.scale, self.config.second_choice)

@@ -37,8 +37,11 @@ def logit_norm(logits: Float[Tensor, "T E"], factor: float) -> Float[Tensor, "T 
 
 
 def noise_std(noise_logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-    """softplus(x W_noise), the deviation of the noise on each logit (Shazeer et al. 2017, eq. 4)."""
-    return F.softplus(noise_logits)
+    """softplus(x W_noise), the deviation of the noise on each logit (Shazeer et al. 2017, eq. 4).
+
+    Not below the precision of the dtype: the load loss divides by it.
+    """
+    return F.softplus(noise_logits).clamp(min=torch.finfo(noise_logits.dtype).eps)
 
 
 def score_function(logits: Float[Tensor, "T E"], score: Score) -> Float[Tensor, "T E"]:
@@ -48,5 +51,6 @@ def score_function(logits: Float[Tensor, "T E"], score: Score) -> Float[Tensor, 
     if score == "sigmoid":
         return logits.sigmoid()
     if score == "sqrt_softplus":
-        return F.softplus(logits).sqrt()
+        # The root has no finite slope at 0, which softplus becomes by underflow.
+        return F.softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
     return torch.relu(logits)

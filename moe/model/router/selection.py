@@ -48,7 +48,7 @@ def choose(
     if rule in ("hash", "random"):
         return Choice(hashed(_keys(rule, token_ids, positions), layer, n_experts, top_k))
     if rule == "sampled":
-        return sampled(logits, top_k, config.sampling_margin or 0.01, training, config.gradient == "heun")
+        return sampled(logits, top_k, config.margin, training, config.gradient == "heun")
     # Quantile balancing solves for a bias on the logits themselves; the others move the scores.
     preference = (logits if config.selection_bias == "quantile" else scores).detach()
     if selection_bias is not None:
@@ -60,7 +60,7 @@ def choose(
         assert config.top_groups is not None
         preference = within_best_groups(preference, config.n_groups, config.top_groups, config.group_score)
     elif rule == "top_p":
-        return smallest_set(preference, config.threshold or 0.4)
+        return smallest_set(preference, config.probability_mass)
     elif rule == "positive":
         return as_places(preference > 0, preference)
     elif rule == "expert_choice":
@@ -128,7 +128,7 @@ def sampled(logits: Float[Tensor, "T E"], top_k: int, margin: float, training: b
         weight = probability.gather(-1, choice)
         if training and heun:
             full = (choice == argmax) | (torch.rand_like(weight) > 0.75)
-            weight = weight + (torch.where(full, 1.0, 1 / 3) - 1) * weight.detach()
+            weight = weight - (weight.detach() * (2 / 3)).masked_fill(full, 0.0)
         choices.append(choice)
         weights.append(weight)
         remaining = remaining.scatter(-1, choice, float("-inf"))

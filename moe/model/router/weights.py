@@ -10,22 +10,18 @@ def combine_weights(
     normalise: bool,
     scale: float,
     weighted: Bool[Tensor, "T K"] | None = None,
-    *,
-    may_vanish: bool = False,
 ) -> Float[Tensor, "T K"]:
     """The selected experts' ``scores``, divided by their sum if ``normalise``, times ``scale`` (once, in both cases).
 
     Softmax over all experts, top-k and normalisation equal a softmax over the k selected logits (Jiang et al. 2024,
-    Mixtral, section 2.1). Places that are not ``weighted`` get 0 and no part of the sum. ``may_vanish`` says that a
-    sum can be 0 (sigmoids of large negative logits): the weights are 0 then, not NaN.
+    Mixtral, section 2.1). Places that are not ``weighted`` get 0 and no part of the sum. A token whose selected scores
+    are all as good as 0 keeps them, for dividing by their sum would give NaN, forward or backward: sigmoids of large
+    negative logits, and probabilities of experts that something else than the logits has selected.
     """
     if weighted is not None:
         scores = scores.masked_fill(~weighted, 0.0)
     if normalise:
-        total = scores.sum(dim=-1, keepdim=True)
-        if may_vanish or weighted is not None:
-            total = total.clamp(min=torch.finfo(scores.dtype).tiny)
-        scores = scores / total
+        scores = scores / _divisor(scores)
     return scores * scale
 
 
@@ -46,5 +42,12 @@ def straight_through_weights(
     """
     unselected = scores.scatter(-1, selected, 0.0)
     if normalise:
-        unselected = unselected / scores.detach().gather(-1, selected).sum(dim=-1, keepdim=True)
+        unselected = unselected / _divisor(scores.detach().gather(-1, selected))
     return scale * (unselected - unselected.detach())
+
+
+def _divisor(scores: Float[Tensor, "T K"]) -> Float[Tensor, "T 1"]:
+    """Each token's sum of scores, or 1 where it is so small that a gradient divided by it could overflow."""
+    total = scores.sum(dim=-1, keepdim=True)
+    limits = torch.finfo(scores.dtype)
+    return total.masked_fill(total < limits.tiny / limits.eps, 1.0)

@@ -100,6 +100,36 @@ def test_a_two_layer_router_has_a_tanh_between() -> None:
     torch.testing.assert_close(router(x).logits, by_hand)
 
 
+def test_the_root_of_softplus_has_a_slope_where_softplus_is_zero() -> None:
+    """softplus(-200) is 0 in float32, and the slope of the root there infinite."""
+    logits = torch.tensor([[-200.0, 0.0]], requires_grad=True)
+
+    scores = score_function(logits, "sqrt_softplus")
+    scores.sum().backward()
+
+    assert 0 <= scores[0, 0] < 1e-18
+    # d √softplus / dz = σ(z) / (2 √softplus(z)) = 0.5 / (2 √ln 2) at 0
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.0, 0.25 / math.sqrt(math.log(2))]]))
+
+
+@pytest.mark.parametrize("choice", [{"selection_bias": "sign"}, {"selection": "hash"}])
+def test_experts_that_the_logits_rule_out_have_weights_of_zero_not_nan(choice: dict[str, str]) -> None:
+    """Selected by their bias or their token's id, two experts with a probability of e^-300 share nothing."""
+    router = Router(RouterConfig(**choice), d_model=1, n_experts=8)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[300.0]] + [[0.0]] * 7))
+        if router.selection_bias is not None:
+            router.selection_bias[1:3] = 5.0
+
+    routing = router(torch.ones(40, 1), token_ids=torch.arange(40))
+    (10 * routing.weights).sum().backward()
+
+    ruled_out = (routing.selected != 0).all(dim=1)
+    assert ruled_out.any()
+    assert (routing.weights[ruled_out] == 0).all()
+    assert torch.isfinite(router.weight.grad).all()
+
+
 def test_two_layers_are_eight_times_as_wide_as_there_are_experts_unless_told() -> None:
     assert built(projection="two_layer").inner_weight.shape == (32, 6)
 
@@ -185,6 +215,6 @@ def test_gumbel_noise_draws_experts_by_their_probabilities_and_weighs_them_witho
 
     routing = router(tensor([0.1, 0.2, 0.3, 0.4]).log().expand(40_000, 4))
 
-    share = routing.first_choice_counts() / 40_000
+    share = routing.first_choices().counts() / 40_000
     torch.testing.assert_close(share, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.01, rtol=0)
     torch.testing.assert_close(routing.scores[0], tensor([0.1, 0.2, 0.3, 0.4])[0])

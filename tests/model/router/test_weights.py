@@ -31,11 +31,26 @@ def test_places_that_do_not_count_leave_their_share_to_the_others() -> None:
     assert weights.tolist() == [[1.0, 0.0], [0.0, 0.0]]
 
 
-def test_scores_that_all_vanish_give_weights_of_zero_not_nan() -> None:
-    """sigmoid(-200) is 0 in float32."""
-    scores = torch.full((1, 2), -200.0).sigmoid()
+def test_scores_that_all_vanish_give_weights_and_a_gradient_of_zero_not_nan() -> None:
+    """sigmoid(-200) is 0 in float32. The gradient from above is 10: divided by the smallest number it is infinite."""
+    logits = torch.full((1, 2), -200.0, requires_grad=True)
 
-    assert combine_weights(scores, True, 1.0, may_vanish=True).tolist() == [[0.0, 0.0]]
+    weights = combine_weights(logits.sigmoid(), True, 1.0)
+    (10 * weights[:, 0]).sum().backward()
+
+    assert weights.tolist() == [[0.0, 0.0]]
+    assert logits.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_unselected_experts_get_a_finite_gradient_where_the_selected_scores_vanish() -> None:
+    logits = torch.tensor([[-200.0, -200.0, 1.0]], requires_grad=True)
+
+    weights = straight_through_weights(logits.sigmoid(), torch.tensor([[0, 1]]), True, 1.0)
+    (10 * weights).sum().backward()
+
+    assert weights.tolist() == [[0.0, 0.0, 0.0]]
+    # 10 σ(1) (1 - σ(1)) = 10 · 0.7310586 · 0.2689414
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.0, 0.0, 1.9661193]]))
 
 
 def test_equal_scores_are_shared_among_the_chosen() -> None:
