@@ -95,7 +95,7 @@ def model_config(preset: str, **settings: Any) -> ModelConfig:
         if key not in known:
             raise ConfigError(key, f"is no setting of a model{_did_you_mean(key, known)}")
     try:
-        return _build(ModelConfig, {**entry.set, **chosen, KEY: preset})
+        return build(ModelConfig, {**entry.set, **chosen, KEY: preset})
     except ConfigError as error:
         raise ConfigError(error.key, explain(preset, error.key, error.reason, chosen)) from None
 
@@ -120,12 +120,15 @@ def _keys(section: type = ModelConfig, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _build(section: type[Section], values: Mapping[str, Any], prefix: str = "") -> Section:
-    """The dataclass ``section`` from the ``values`` whose dotted keys begin with ``prefix``."""
+def build(section: type[Section], values: Mapping[str, Any], prefix: str = "") -> Section:
+    """The dataclass ``section`` from the ``values`` whose dotted keys begin with ``prefix``.
+
+    Raises ConfigError for values that cannot be used, with the whole dotted key.
+    """
     arguments: dict[str, Any] = {}
     for name, hint in get_type_hints(section).items():
         if is_dataclass(hint) and isinstance(hint, type):
-            arguments[name] = _build(hint, values, f"{prefix}{name}.")
+            arguments[name] = build(hint, values, f"{prefix}{name}.")
         elif prefix + name in values:
             arguments[name] = values[prefix + name]
     try:
