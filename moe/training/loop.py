@@ -76,6 +76,8 @@ class Step:
     """assignments to each expert of each mixture layer; None without one"""
     dropped: list[int]
     """dropped assignments of each mixture layer"""
+    mlps_per_token: list[float]
+    """expert MLPs that computed a token, on average, of each mixture layer"""
 
     @property
     def load(self) -> list[LoadSummary]:
@@ -230,6 +232,7 @@ class Training:
             skipped=not finite,
             counts=None if counts.counts is None else counts.over_ranks().cpu(),
             dropped=[] if counts.dropped is None else self.world.sum(counts.dropped).tolist(),
+            mlps_per_token=counts.mlps_per_token(),
         )
 
     def save(self) -> None:
@@ -305,7 +308,7 @@ class Training:
                 "validation",
                 {"cross_entropy": pooled.cross_entropy, "bits_per_byte": pooled.bits_per_byte}
                 | {f"bits_per_byte/{domain}": score.bits_per_byte for domain, score in validation.domains.items()}
-                | load_values(self.config.model.moe_layers, validation.load),
+                | load_values(self.config.model.moe_layers, validation.load, validation.mlps_per_token),
             )
         self.console.say(f"validation: {pooled.bits_per_byte:.4f} bits per byte")
 
@@ -329,7 +332,7 @@ class Training:
                     "tokens": progress.tokens,
                     "skipped": progress.skipped,
                 }
-                | load_values(self.config.model.moe_layers, step.load),
+                | load_values(self.config.model.moe_layers, step.load, step.mlps_per_token),
             )
         self.console.update(progress.step, loss=step.losses["lm_loss"], tokens=tokens, load=step.counts)
         if step.skipped:
@@ -358,12 +361,12 @@ def require_divisible(settings: TrainingConfig, n_ranks: int) -> int:
     return micro_batch
 
 
-def load_values(layers: list[int], load: list[LoadSummary]) -> dict[str, float]:
+def load_values(layers: list[int], load: list[LoadSummary], mlps_per_token: list[float]) -> dict[str, float]:
     """A bounded set of numbers for each of the mixture's ``layers`` for the log, never one an expert."""
     return {
         f"load/{layer}/{name}": value
-        for layer, summary in zip(layers, load, strict=True)
-        for name, value in asdict(summary).items()
+        for layer, summary, mlps in zip(layers, load, mlps_per_token, strict=True)
+        for name, value in (asdict(summary) | {"mlps_per_token": mlps}).items()
     }
 
 

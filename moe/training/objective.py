@@ -21,6 +21,7 @@ from moe.model.balance import (
 )
 from moe.model.routing import Routing
 from moe.parallel.world import World
+from moe.training.evaluate import mlps_computed
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class StepCounts:
         self.counts: Int[Tensor, "L E"] | None = None
         self.first_counts: Int[Tensor, "L E"] | None = None
         self.dropped: Int[Tensor, " L"] | None = None
+        self.computed: Int[Tensor, " L"] | None = None
+        """assignments that an MLP computed"""
         self.tokens: Int[Tensor, ""] | None = None
         """real tokens"""
         self.logits: list[list[Float[Tensor, "T E"]]] | None = [] if keep_logits else None
@@ -149,6 +152,7 @@ class StepCounts:
         with torch.no_grad():
             self.counts = _plus(self.counts, torch.stack([routing.counts() for routing in routings]))
             self.dropped = _plus(self.dropped, torch.stack([routing.dropped_count() for routing in routings]))
+            self.computed = _plus(self.computed, torch.stack([mlps_computed(routing) for routing in routings]))
             self.tokens = _plus(self.tokens, routings[0].real_tokens())
             if self.choices == "first":
                 first = torch.stack([routing.first_choices().counts() for routing in routings])
@@ -179,6 +183,13 @@ class StepCounts:
         """The real tokens so far, on all ranks."""
         assert self.tokens is not None
         return self.world.sum(self.tokens)
+
+    def mlps_per_token(self) -> list[float]:
+        """MLPs that computed a token so far, on average over all ranks, of each mixture layer; empty without one."""
+        if self.computed is None:
+            return []
+        means: list[float] = (self.world.sum(self.computed).double() / self.tokens_over_ranks()).tolist()
+        return means
 
     def logits_over_ranks(self, layer: int) -> Float[Tensor, "T E"]:
         """The logits of all real tokens so far, on all ranks, of one mixture layer (from 0)."""

@@ -536,8 +536,19 @@ def test_a_large_coefficient_closes_gates(begin: Begin) -> None:
 
 # ------------------------------------------------------------------------------------------------------- what is logged
 
+
+def test_the_log_has_the_experts_that_a_token_used(begin: Begin) -> None:
+    """Gates that are open: every assignment is to an MLP, so the gates on over all gates times four experts."""
+    training = begin(overrides=REMOE | {"training.accumulation": 2})
+    training.run()
+
+    for row in rows(training, "train"):
+        used = row["load/0/mlps_per_token"] + row["load/1/mlps_per_token"]
+        assert used == pytest.approx(2 * 4 * (1 - row["sparsity/off"]))
+
+
 LOAD = [f"load/{layer}/{name}" for layer in (0, 1) for name in ("max_over_fair", "min_over_fair", "dead", "entropy")]
-LOAD += ["load/0/dropped", "load/1/dropped"]
+LOAD += [f"load/{layer}/{name}" for layer in (0, 1) for name in ("dropped", "mlps_per_token")]
 
 
 def test_a_row_has_these_numbers_and_no_others(begin: Begin) -> None:
