@@ -291,7 +291,7 @@ class RouterConfig:
     preset: Preset | None = None
     """a published router (moe/presets.yaml): beside it a file's own keys win; as a flag it replaces the file's own"""
     top_k: int = 2
-    """experts per token; what positive and expert_choice aim at on average, and top_p is taken to; not for all"""
+    """experts per token; a mean for positive and expert_choice, a guess for top_p, nothing to all"""
     projection: Projection = "linear"
     """logits from hidden states: a matrix, cosine with a temperature (X-MoE), or two layers with tanh (MoE++)"""
     projection_width: int | None = None

@@ -77,10 +77,11 @@ def device_loss(
     f'_g is the mean of E f_e over the group and P'_g the sum of P_e, so that it is the load-balancing loss of D wide
     experts: 1 at balance, D where one group gets everything. ``counts`` and ``per_sequence`` as there.
     """
-    scores = routing.scores.reshape(routing.n_tokens, n_devices, -1).sum(dim=-1)
+    per_device = routing.n_experts // n_devices
+    scores = routing.scores.reshape(routing.n_tokens, n_devices, per_device).sum(dim=-1)
     if counts is not None:
         counts = counts.reshape(n_devices, -1).sum(dim=-1)
-    device = routing.selected // (routing.n_experts // n_devices)
+    device = routing.selected // per_device
     wide = replace(routing, logits=scores, scores=scores, selected=device, n_special=0)
     return load_balancing_loss(wide, counts, per_sequence=per_sequence)
 

@@ -333,6 +333,13 @@ def test_devices_on_paper() -> None:
     assert device_loss(routing, 2, counts=torch.tensor([2, 2, 2, 2])).item() == pytest.approx(1.0)
 
 
+def test_devices_of_no_token_have_no_loss() -> None:
+    routing = sigmoid_routing(random_logits(0, 4), 2)
+
+    assert device_loss(routing, 2).item() == 0.0
+    assert device_loss(routing, 2, per_sequence=True).item() == 0.0
+
+
 def test_as_many_devices_as_experts_are_experts() -> None:
     routing = sigmoid_routing(random_logits(10, 8), 3)
 

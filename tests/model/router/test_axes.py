@@ -5,6 +5,7 @@ until it accepts; what it then accepts has no excuse.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from hypothesis import assume, given, settings
@@ -157,29 +158,52 @@ def require_promises(routing: Routing) -> None:
     assert routing.dropped_count() == dropped.sum()
 
 
+def padded_batch() -> tuple[Tensor, Tensor]:
+    """Three sequences: whole, padded, and nothing but padding."""
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1, 3:], mask[2] = False, False
+    return torch.randint(16, (3, 5)), mask
+
+
+class Step(NamedTuple):
+    total: Tensor
+    routings: list[Routing]
+    counts: StepCounts
+
+
+def forward(model: Transformer, tokens: Tensor, mask: Tensor) -> Step:
+    """The loss of one micro-batch; a sum, so that no token at all gives 0."""
+    hidden, routings = model.hidden(tokens, mask)
+    balance, router = model.config.balance, model.config.router
+    counts = StepCounts(World(), choices=balance.choices, keep_logits=router.selection_bias == "quantile")
+    weights = [router.weight for router in routers_of(model)]
+    lm = hidden[mask].sin().sum()
+    objective = compose(lm, routings, balance, counts, router=router, router_weights=weights)
+    assert all(torch.isfinite(value) for value in objective.auxiliary.values())
+    return Step(objective.total, routings, counts)
+
+
+def step(model: Transformer, tokens: Tensor, mask: Tensor) -> Step:
+    """A training step but for the optimizer, after which everything is finite."""
+    model.zero_grad()
+    done = forward(model, tokens, mask)
+    done.total.backward()
+    update_selection_biases(routers_of(model), done.counts)
+    assert torch.isfinite(done.total)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert torch.isfinite(tensor).all(), name
+        assert tensor.grad is None or torch.isfinite(tensor.grad).all(), name
+    return done
+
+
 @settings(max_examples=200, derandomize=True, deadline=None)
 @given(models(), st.integers(0, 2**16))
 def test_whatever_is_accepted_trains_and_keeps_its_promises(config: ModelConfig, seed: int) -> None:
     torch.manual_seed(seed)
     model = transformer(config)
-    tokens = torch.randint(16, (3, 5))
-    mask = torch.ones(3, 5, dtype=torch.bool)
-    mask[1, 3:], mask[2] = False, False  # the last sequence is nothing but padding
+    tokens, mask = padded_batch()
 
-    hidden, routings = model.hidden(tokens, mask)
-    counts = StepCounts(World(), choices=config.balance.choices, keep_logits=config.router.selection_bias == "quantile")
-    weights = [router.weight for router in routers_of(model)]
-    lm = hidden[mask].square().mean()
-    objective = compose(lm, routings, config.balance, counts, router=config.router, router_weights=weights)
-    objective.total.backward()
-    update_selection_biases(routers_of(model), counts)
-
-    assert torch.isfinite(objective.total)
-    assert all(torch.isfinite(value) for value in objective.auxiliary.values())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        assert torch.isfinite(tensor).all(), name
-        assert tensor.grad is None or torch.isfinite(tensor.grad).all(), name
-    for routing in routings:
+    for routing in step(model, tokens, mask).routings:
         require_promises(routing)
 
     model.eval()
@@ -197,3 +221,79 @@ def unpadded(model: Transformer, tokens: Tensor, mask: Tensor) -> Tensor:
     with torch.no_grad():
         rows = [model(row[real][None])[0][0] for row, real in zip(tokens, mask, strict=True) if real.any()]
     return torch.cat(rows)
+
+
+@settings(max_examples=80, derandomize=True, deadline=None)
+@given(models(), st.integers(0, 2**16))
+def test_nothing_overflows_at_the_extremes_of_float32(config: ModelConfig, seed: int) -> None:
+    """Logits all equal, or thousands apart; one token, no token, padding alone; products in bfloat16."""
+    torch.manual_seed(seed)
+    model = Transformer(config)
+    tokens, mask = padded_batch()
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+
+    for factor in (1.0, 0.0, 1e3):
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), start, strict=True):
+                parameter.copy_(value)
+            for router in routers_of(model):
+                for parameter in router.parameters():
+                    parameter.mul_(factor)
+        step(model, tokens, mask)
+    step(model, tokens, torch.zeros_like(mask))
+    step(model, tokens[:1, :1], mask[:1, :1])
+    step(model, tokens[:, :0], mask[:, :0])
+    with torch.autocast("cpu", torch.bfloat16):
+        _, routings = model.hidden(tokens, mask)
+    for routing in routings:
+        assert routing.logits.dtype == routing.scores.dtype == routing.weights.dtype == torch.float32
+
+
+@settings(max_examples=80, derandomize=True, deadline=None)
+@given(models(), st.integers(0, 2**16))
+def test_recomputing_activations_changes_nothing(config: ModelConfig, seed: int) -> None:
+    torch.manual_seed(seed)
+    model, (tokens, mask) = Transformer(config), padded_batch()
+    totals, gradients = [], []
+
+    for model.activation_checkpointing in (False, True):
+        torch.manual_seed(seed)
+        totals.append(forward(model, tokens, mask).total)
+        gradients.append(torch.autograd.grad(totals[-1], list(model.parameters()), allow_unused=True))
+
+    assert torch.equal(*totals)
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert (kept is None) == (recomputed is None)
+        assert kept is None or torch.equal(kept, recomputed)
+
+
+@settings(max_examples=80, derandomize=True, deadline=None)
+@given(models(), st.integers(0, 2**16))
+def test_the_gradient_is_the_derivative(config: ModelConfig, seed: int) -> None:
+    """Along a random direction, for a choice that the small step leaves as it is; but for the two gradient options that
+    are estimates, and are no derivative of the forward pass."""
+    assume(config.router.gradient == "selected")
+    torch.manual_seed(seed)
+    model, (tokens, mask) = transformer(config), padded_batch()
+    parameters = list(model.parameters())
+    with torch.no_grad():
+        for router in routers_of(model):
+            if router.noise_weight is not None:  # a noisy router starts from zeros
+                router.weight.normal_()
+                router.noise_weight.normal_()
+    direction = [torch.randn_like(parameter) for parameter in parameters]
+
+    def moved(distance: float) -> Step:
+        with torch.no_grad():
+            torch._foreach_add_(parameters, direction, alpha=distance)
+        torch.manual_seed(seed)
+        return forward(model, tokens, mask)
+
+    here = moved(0.0)
+    gradient = torch.autograd.grad(here.total, parameters, allow_unused=True)
+    ahead, behind = moved(1e-6), moved(-2e-6)
+    for chosen in zip(*(at.routings for at in (here, ahead, behind)), strict=True):
+        assume(all(torch.equal(chosen[0].selected, other.selected) for other in chosen[1:]))
+
+    slope = sum((g * d).sum() for g, d in zip(gradient, direction, strict=True) if g is not None)
+    torch.testing.assert_close(slope, (ahead.total - behind.total).detach() / 2e-6, rtol=1e-5, atol=1e-5)
