@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,9 @@ PANEL_COLUMNS = 2
 LONG_LABEL = 12
 """characters from which a bar's label stands to its left, not below it"""
 SUBTITLE_COLUMNS = 105
+FLOW_HEIGHT, FLOW_GAP = 480, 6
+"""pixels"""
+WITHIN = 2
 LARGEST_RATIO = 4
 """log2 of the ratio to chance at which the colours of a heat map end: 16 times"""
 FORMATS = (".png", ".svg", ".pdf", ".html")
@@ -58,25 +62,63 @@ FORMATS = (".png", ".svg", ".pdf", ".html")
 def plot(measurement: Measurement) -> "go.Figure":
     """A plotly figure of ``measurement``, its reading sentence as subtitle.
 
-    A line over steps, positions or k; a heat map where two axes are left and one is of experts; else bars. A third axis
-    makes a panel for each of its labels: that of the layers, or the first. Raises UserError for more axes, and where
-    plotly is missing.
+    What is drawn is :func:`draw`'s. Raises UserError for more than three axes, and where plotly is missing.
     """
-    go = graph_objects()
+    figure = draw(measurement)
+    _write_title(figure, measurement.title, f"{measurement.reading} {note_on(measurement)}".strip())
+    return figure
+
+
+def note_on(measurement: Measurement) -> str:
+    """What has to be said of its picture besides how to read the measurement; empty if nothing."""
+    shown = [axis.name for axis in measurement.axes if axis.name != "layer" or len(measurement.axes) < 3]
+    is_map = len(shown) == 2 and not set(shown) & set(ORDERED_AXES) and bool(set(shown) & set(EXPERT_AXES))
+    if not is_map or measurement.null_std is None:
+        return ""
+    return f"A dot marks a cell within {WITHIN} standard deviations of what shuffled data or no effect would give."
+
+
+def draw(measurement: Measurement, shade: "Shading | None" = None) -> "go.Figure":
+    """:func:`plot` without title and subtitle, for a page that has its own.
+
+    A line over steps, positions or k; a heat map where two axes are left and one is of experts; else bars. A third axis
+    makes a panel for each of its labels: that of the layers, or the first. ``shade`` is how to colour a heat map that
+    is a part of something larger.
+    """
+    graph_objects()
     panels = _panels(measurement)
     first = panels[0]
     if any(axis.name in ORDERED_AXES for axis in first.axes):
         figure = _figure_of(panels, _draw_lines, height=330)
     elif len(first.axes) == 2 and any(axis.name in EXPERT_AXES for axis in first.axes):
         rows, columns = _matrix(first).values.shape
-        figure = _figure_of(panels, _draw_heat_map, height=max(150, min(18 * rows, 340)) + 90, columns=columns)
-        figure.update_layout(coloraxis=_colour_axis(measurement))
+        paint = partial(_draw_heat_map, shade=shade or shading(measurement))
+        figure = _figure_of(panels, paint, height=max(150, min(18 * rows, 340)) + 90, columns=columns)
+        figure.update_layout(coloraxis=colour_axis(measurement))
     else:
         lies = _has_long_labels(first)
         figure = _figure_of(panels, _draw_bars, height=90 + 22 * first.values.shape[0] if lies else 330)
-    _write_title(figure, measurement.title, measurement.reading)
-    assert isinstance(figure, go.Figure)
     return figure
+
+
+def draw_bars_by_layer(measurement: Measurement) -> "go.Figure":
+    """Bars in place of a heat map for [layer, expert]: a panel for each layer, each with its chance line."""
+    graph_objects()
+    layers, experts = measurement.axes
+    whole = _panels(measurement)[0]
+    panels = [
+        Panel(
+            f"{layers.name} {label}",
+            (experts,),
+            whole.values[index],
+            None if whole.chance is None else whole.chance[index],
+            None if whole.null is None else whole.null[index],
+            None if whole.null_std is None else whole.null_std[index],
+            measurement.unit,
+        )
+        for index, label in enumerate(layers.labels)
+    ]
+    return _figure_of(panels, _draw_bars, height=200)
 
 
 def flow(transitions: Sequence[Measurement], layers: Sequence[str], top: int = 20) -> "go.Figure":
@@ -114,7 +156,7 @@ def flow(transitions: Sequence[Measurement], layers: Sequence[str], top: int = 2
                 "x": [min(0.999, max(0.001, layer / max(n_layers - 1, 1))) for layer, _ in place],
                 "y": _heights(place, links),
                 "color": [EXPERTS[expert % len(EXPERTS)] for _, expert in place],
-                "pad": 6,
+                "pad": FLOW_GAP,
                 "thickness": 14,
                 "line": {"width": 0},
                 "hovertemplate": "expert %{label}<br>%{value} of the tokens in these flows<extra></extra>",
@@ -135,9 +177,14 @@ def flow(transitions: Sequence[Measurement], layers: Sequence[str], top: int = 2
     )
     for layer, name in enumerate(layers):
         figure.add_annotation(
-            x=layer / max(n_layers - 1, 1), y=1.02, yanchor="bottom", text=f"layer {name}", showarrow=False, xref="paper"
+            x=layer / max(n_layers - 1, 1),
+            y=1.02,
+            yanchor="bottom",
+            text=f"layer {name}",
+            showarrow=False,
+            xref="paper",
         )
-    figure.update_layout(_base_layout(), height=520, margin={"l": 20, "r": 20, "t": 40, "b": 20})
+    figure.update_layout(_base_layout(), height=FLOW_HEIGHT + 90, margin={"l": 20, "r": 20, "t": 70, "b": 20})
     return figure
 
 
@@ -220,8 +267,8 @@ def _panels(measurement: Measurement) -> list[Panel]:
     """One for each label of the layer axis, or of the first, where there are three axes; else one of everything."""
     axes = measurement.axes or (Axis("", (measurement.name.replace("_", " "),)),)
     if len(axes) > 3:
-        names = ", ".join(axis.name for axis in axes)
-        raise UserError(f"{measurement.name}: no picture of {len(axes)} axes ({names}); take a part of it")
+        listed = ", ".join(axis.name for axis in axes)
+        raise UserError(f"{measurement.name}: no picture of {len(axes)} axes ({listed}); take a part of it")
     shape = tuple(len(axis.labels) for axis in axes)
     parts = [
         None if part is None else np.broadcast_to(np.asarray(part, dtype=np.float64), shape)
@@ -266,6 +313,10 @@ def _figure_of(panels: Sequence[Panel], draw: Any, height: int, columns: int = 0
     for index, panel in enumerate(panels):
         row, column = divmod(index, per_row)
         draw(figure, panel, row=row + 1, col=column + 1, first=index == 0)
+        if index + per_row < len(panels):
+            # All panels have the same axes: the lowest of a column names them.
+            figure.update_xaxes(title_text="", row=row + 1, col=column + 1)
+    figure.update_xaxes(title_standoff=4)
     figure.update_layout(_base_layout(), height=total + 40)
     return figure
 
@@ -285,7 +336,7 @@ def _base_layout() -> dict[str, Any]:
 
 def _write_title(figure: "go.Figure", title: str, reading: str) -> None:
     lines = textwrap.wrap(reading, SUBTITLE_COLUMNS)
-    has_legend = any(trace.showlegend for trace in figure.data)
+    has_legend = any(getattr(trace, "showlegend", False) for trace in figure.data)
     above = 60 + 16 * len(lines) + 30 * has_legend
     figure.update_layout(
         title={
@@ -342,27 +393,41 @@ def _draw_lines(figure: "go.Figure", panel: Panel, *, row: int, col: int, first:
             continue
         curves = rows(part)
         same = bool(np.allclose(curves, curves[:1], equal_nan=True))
+        if first:
+            # Its own entry in the legend, since the curves may have the colours of what they are held against.
+            figure.add_trace(
+                go.Scatter(
+                    x=[None], y=[None], name=kind, legendgroup=kind, mode="lines", line={"color": INK, "dash": dash}
+                ),
+                row=row,
+                col=col,
+            )
+            figure.data[-1].showlegend = True
         for index, values in enumerate(curves[:1] if same else curves):
+            name = kind if same else f"{kind} of {others.name} {others.labels[index]}"
             figure.add_trace(
                 go.Scatter(
                     x=x,
                     y=values,
                     name=kind,
                     legendgroup=kind,
-                    showlegend=first and index == 0,
+                    showlegend=False,
                     mode="lines",
                     line={
                         "color": INK if same else LINES[index % len(LINES)],
                         "dash": dash,
-                        "width": 2 if same else 1,
+                        "width": 2 if same else 1.5,
                     },
-                    hovertemplate=f"{kind} %{{y:{_format(panel.unit)}}}<extra></extra>",
+                    hovertemplate=f"{name} %{{y:{_format(panel.unit)}}}<extra></extra>",
                 ),
                 row=row,
                 col=col,
             )
     figure.update_xaxes(title_text=panel.axes[over].name, row=row, col=col, gridcolor=GRID, zeroline=False)
     _dress_values(figure.update_yaxes, panel.unit, row, col)
+    if panel.unit != "share":
+        # Losses differ by little, and nothing says how far they are from zero.
+        figure.update_yaxes(rangemode="normal", row=row, col=col)
 
 
 def _numbers(labels: Sequence[str]) -> list[float] | list[str]:
@@ -510,7 +575,8 @@ def shading(measurement: Measurement) -> Shading:
     """
     values = measurement.values[np.isfinite(measurement.values)]
     lowest, largest = (float(values.min()), float(np.abs(values).max())) if values.size else (0.0, 0.0)
-    if lowest < 0:
+    references = [part for part in (measurement.chance, measurement.null) if part is not None]
+    if lowest < 0 or (references and not any(np.nanmax(part) > 0 for part in references)):
         return Shading("apart", "", largest or 1.0)
     for name, reference in (("chance", measurement.chance), ("null", measurement.null)):
         if reference is not None and np.nanmin(reference) >= 0 and np.nanmax(reference) > 0:
@@ -547,31 +613,38 @@ def _matrix(panel: Panel) -> Panel:
     )
 
 
-def _draw_heat_map(figure: "go.Figure", panel: Panel, *, row: int, col: int, first: bool) -> None:
+def _draw_heat_map(figure: "go.Figure", panel: Panel, *, row: int, col: int, first: bool, shade: Shading) -> None:
     go = graph_objects()
     panel = _matrix(panel)
     rows, columns = panel.axes
-    chosen = panel.chance if panel.chance is not None and np.nanmax(panel.chance) > 0 else panel.null
-    signed = bool(np.nanmin(panel.values, initial=0.0) < 0)
+    chosen = {"chance": panel.chance, "null": panel.null, "": None}[shade.reference]
     number = _format(panel.unit)
     hover = f"{rows.name} %{{y}}, {columns.name} %{{x}}<br>"
     colour = panel.values
-    data = None
-    if signed or chosen is None:
+    if chosen is None:
         hover += f"%{{z:{number}}} {'' if panel.unit == 'share' else panel.unit}"
+        parts = [] if panel.null_std is None else [panel.null_std]
+        hover += "" if panel.null_std is None else f" ± %{{customdata[0]:{number}}}"
     else:
         # Nothing at all is at the cold end, not missing.
         colour = np.clip(_log_ratio(panel.values, chosen), -LARGEST_RATIO, LARGEST_RATIO)
-        name = "chance" if chosen is panel.chance else "null"
-        data = np.stack([panel.values, chosen, panel.values / np.where(chosen > 0, chosen, np.nan)], axis=-1)
-        hover += f"%{{customdata[0]:{number}}}, {name} %{{customdata[1]:{number}}}<br>%{{customdata[2]:.2f}} times {name}"
+        parts = [panel.values, chosen, panel.values / np.where(chosen > 0, chosen, np.nan)]
+        hover += f"%{{customdata[0]:{number}}}, {shade.reference} %{{customdata[1]:{number}}}"
+        hover += f"<br>%{{customdata[2]:.2f}} times {shade.reference}"
+        if panel.null_std is not None:
+            hover += f", null %{{customdata[3]:{number}}} ± %{{customdata[4]:{number}}}"
+            assert panel.null is not None
+            parts += [panel.null, panel.null_std]
+    data = np.stack(parts, axis=-1).astype(np.float32) if parts else None
     figure.add_trace(
         go.Heatmap(
             z=colour.astype(np.float32),
             x=list(columns.labels),
             y=list(rows.labels),
-            customdata=None if data is None else data.astype(np.float32),
+            customdata=data,
             coloraxis="coloraxis",
+            text=_dots(panel),
+            texttemplate="%{text}",
             xgap=1,
             ygap=1,
             hoverongaps=False,
@@ -583,7 +656,7 @@ def _draw_heat_map(figure: "go.Figure", panel: Panel, *, row: int, col: int, fir
     every = max(1, len(columns.labels) // 16)
     figure.update_xaxes(
         title_text=_axis_title(columns.name),
-        title_standoff=4,
+        tickfont_size=11,
         type="category",
         tickmode="array",
         tickvals=list(columns.labels[::every]),
@@ -611,11 +684,20 @@ def _draw_heat_map(figure: "go.Figure", panel: Panel, *, row: int, col: int, fir
     )
 
 
+def _dots(panel: Panel) -> list[list[str]] | None:
+    """A dot in every cell that is not sure to differ from its null."""
+    if panel.null is None or panel.null_std is None:
+        return None
+    near = np.abs(panel.values - panel.null) <= WITHIN * panel.null_std
+    return [["·" if cell else "" for cell in line] for line in near]
+
+
 def _axis_title(name: str) -> str:
     return {"from": "from expert", "to": "to expert", "other": "other expert"}.get(name, name)
 
 
-def _colour_axis(measurement: Measurement) -> dict[str, Any]:
+def colour_axis(measurement: Measurement) -> dict[str, Any]:
+    """The colours of heat maps of ``measurement`` or of parts of it: the layout's coloraxis."""
     shade = shading(measurement)
     bar: dict[str, Any] = {
         "thickness": 12,
@@ -633,10 +715,11 @@ def _colour_axis(measurement: Measurement) -> dict[str, Any]:
     if shade.kind == "times":
         powers = range(-int(shade.limit), int(shade.limit) + 1)
         bar |= {
-            "title": {"text": f"times {shade.reference}", "side": "right"},
+            "title": {"text": f"against {shade.reference}", "side": "right"},
             "tickvals": list(powers),
             "ticktext": [
-                shade.reference if power == 0 else f"{2**power}×" if power > 0 else f"1/{2**-power}" for power in powers
+                shade.reference if power == 0 else f"{2**power} times" if power > 0 else f"1/{2**-power}"
+                for power in powers
             ],
         }
     colours = [list(stop) for stop in DIVERGING]
@@ -647,21 +730,26 @@ def _colour_axis(measurement: Measurement) -> dict[str, Any]:
 
 
 def _heights(place: Mapping[tuple[int, int], int], links: Sequence[tuple[int, int, float, float]]) -> list[float]:
-    """Where each node stands in its column: experts in their order, with room by what flows through them."""
+    """Where the middle of each node stands in its column, from the top: experts in their order, evenly spaced."""
     through = np.zeros((len(place), 2))
     for start, end, share, _ in links:
         through[start, 1] += share
         through[end, 0] += share
     size = through.max(axis=1)
+    columns = [
+        [place[node] for node in sorted(place) if node[0] == layer] for layer in sorted({layer for layer, _ in place})
+    ]
+    # As the diagram does: the fullest column with its gaps fills the height, and all have its scale.
+    scale = min(
+        ((1 - (len(column) - 1) * FLOW_GAP / FLOW_HEIGHT) / size[column].sum() for column in columns), default=1.0
+    )
     heights = [0.0] * len(place)
-    for layer in {layer for layer, _ in place}:
-        below = 0.0
-        column = sorted(node for node in place if node[0] == layer)
-        total = sum(size[place[node]] for node in column) * 1.25 or 1.0
-        gap = 0.2 * total / 1.25 / max(len(column), 1)
-        for node in column:
-            heights[place[node]] = min(0.999, max(0.001, (below + size[place[node]] / 2) / total))
-            below += size[place[node]] + gap
+    for column in columns:
+        tall = size[column] * scale
+        gap = (1 - tall.sum()) / max(len(column) - 1, 1)
+        tops = np.concatenate([[0.0], np.cumsum(tall + gap)[:-1]])
+        for node, middle in zip(column, tops + tall / 2, strict=True):
+            heights[node] = float(min(0.999, max(0.001, middle)))
     return heights
 
 

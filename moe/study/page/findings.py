@@ -1,0 +1,287 @@
+"""What the measurements say in plain words, never without what chance would give.
+
+A finding is one only where the value is more than :data:`SURE` standard deviations above what shuffled data gave, or,
+where nothing was shuffled, :data:`CLEAR` times chance; otherwise the sentence says that it is no more than chance.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from moe.study.measurement import Array, Measurement
+
+SURE = 3.0
+"""standard deviations of the null"""
+CLEAR = 1.1
+"""times chance, where there is no null"""
+DEAD = 0.1
+"""times its fair share: an expert that gets less is dead"""
+MOST_EXPERTS = 3
+"""named in one sentence"""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One number of a measurement and what it is held against."""
+
+    value: float
+    reference: float
+    """mean of the null where there is one, else chance"""
+    std: float
+    """of the null; NaN where there is none"""
+    is_null: bool
+
+    @property
+    def above(self) -> bool:
+        """Whether this is more than chance."""
+        if self.is_null and math.isfinite(self.std):
+            return self.value > self.reference + SURE * self.std
+        return self.reference > 0 and self.value > self.reference * CLEAR
+
+    @property
+    def ratio(self) -> float:
+        """Value over reference; infinite over nothing."""
+        return self.value / self.reference if self.reference > 0 else math.inf
+
+    def held_against(self, spell: Callable[[float], str]) -> str:
+        """The reference in brackets, and the verdict where it is not above."""
+        kind = "shuffled data" if self.is_null else "chance"
+        return f"({kind}: {spell(self.reference)})" + ("" if self.above else ", which is no more than chance")
+
+
+def values_of(measurement: Measurement, **labels: str) -> list[tuple[dict[str, str], Value]]:
+    """Every number whose ``labels`` are these, with all its labels; NaN left out, and what has no reference."""
+    reference = measurement.null if measurement.null is not None else measurement.chance
+    if reference is None:
+        return []
+    shape = measurement.values.shape
+    means = np.broadcast_to(reference, shape)
+    stds = np.broadcast_to(np.nan if measurement.null_std is None else measurement.null_std, shape)
+    found = []
+    for index in np.ndindex(*shape):
+        named = {axis.name: axis.labels[place] for axis, place in zip(measurement.axes, index, strict=True)}
+        if all(named.get(name) == label for name, label in labels.items()) and math.isfinite(measurement.values[index]):
+            value = Value(
+                float(measurement.values[index]), float(means[index]), float(stds[index]), measurement.null is not None
+            )
+            found.append((named, value))
+    return found
+
+
+def findings(
+    measurements: Mapping[str, Measurement],
+    load: Measurement,
+    flows: Sequence[Measurement] = (),
+    layers: Sequence[str] = (),
+    delta_loss: Measurement | None = None,
+    loss_by_k: Measurement | None = None,
+) -> list[str]:
+    """Sentences, the balance first; a metric that is missing, or has other axes than expected, has none.
+
+    ``load`` is [layer, expert], shares of all assignments; ``flows`` are those of neighbouring ``layers``.
+    """
+    found = [_balance(load)]
+    sentences: tuple[tuple[str, Callable[[Measurement], str | None]], ...] = (
+        ("domain_specialisation", _domains),
+        ("domain_information", _domain_information),
+        ("token_dependence", _tokens),
+        ("saturation", _saturation),
+        ("co_activation", _pairs),
+        ("consecutive_repetition", _repetition),
+    )
+    for name, sentence in sentences:
+        if name in measurements:
+            found.append(sentence(measurements[name]))
+    found += [_flow(flows, layers), _delta_loss(delta_loss), _best_k(loss_by_k)]
+    return [sentence for sentence in found if sentence]
+
+
+def _balance(load: Measurement) -> str | None:
+    if not load.values.size or load.chance is None:
+        return None
+    times = load.values / np.broadcast_to(load.chance, load.values.shape)
+    if not np.isfinite(times).any():
+        return None
+    layer, expert = np.unravel_index(int(np.nanargmax(times)), times.shape)
+    dead = int(np.nansum(times < DEAD))
+    where = f"expert {load.axes[1].labels[expert]} of layer {load.axes[0].labels[layer]}"
+    return (
+        f"The busiest expert, {where}, gets {times[layer, expert]:.2f} times its fair share; of the "
+        f"{int(np.isfinite(times).sum())} experts in all layers {dead or 'none'} {'get' if dead > 1 else 'gets'} less "
+        "than a tenth of it."
+    )
+
+
+def _domains(measurement: Measurement) -> str | None:
+    values = values_of(measurement)
+    if not values or not {"layer", "domain", "expert"} <= set(values[0][0]):
+        return None
+    # A cell that few tokens reach can be many times nothing: the busiest excess, not the largest ratio.
+    sure = [(named, value) for named, value in values if value.above]
+    if not sure:
+        return (
+            "No layer sends a domain to some experts more than it would if domains were shuffled: domain "
+            "specialisation is no more than chance."
+        )
+    strongest: dict[tuple[str, str], float] = {}
+    for named, value in sure:
+        key = named["layer"], named["domain"]
+        strongest[key] = max(strongest.get(key, 0.0), value.value - value.reference)
+    sentences = []
+    domains: set[str] = set()
+    for (layer, domain), _ in sorted(strongest.items(), key=lambda item: -item[1]):
+        if domain in domains or len(domains) == 2:
+            continue
+        domains.add(domain)
+        cells = [pair for pair in sure if pair[0]["layer"] == layer and pair[0]["domain"] == domain]
+        cells = sorted(cells, key=lambda pair: pair[1].reference - pair[1].value)[:MOST_EXPERTS]
+        cells = [pair for pair in cells if pair[1].ratio >= CLEAR]
+        if not cells:
+            continue
+        experts = _listed([named["expert"] for named, _ in cells])
+        ratios = _listed([f"{value.ratio:.1f}" for _, value in cells])
+        of_all = "its share" if len(cells) == 1 else "their shares"
+        against = "of all text" if cells[0][1].is_null else "by chance"
+        sentences.append(
+            f"layer {layer} sends {domain} to {'expert' if len(cells) == 1 else 'experts'} {experts}: "
+            f"{ratios} times {of_all} {against}"
+        )
+    text = "; ".join(sentences)
+    return text[:1].upper() + text[1:] + "." if text else None
+
+
+def _domain_information(measurement: Measurement) -> str | None:
+    values = values_of(measurement, measure="nmi")
+    if not values:
+        return None
+    named, most = max(values, key=lambda pair: pair[1].value)
+    sentence = (
+        f"The expert tells at most {_percent(most.value)} of the domain, in layer {named['layer']} "
+        f"{most.held_against(_percent)}"
+    )
+    rest = values_of(measurement, measure="conditional", layer=named["layer"])
+    if not rest:
+        return sentence + "."
+    left = rest[0][1]
+    return f"{sentence}; with the token known, {_percent(left.value)} {left.held_against(_percent)}."
+
+
+def _tokens(measurement: Measurement) -> str | None:
+    values = values_of(measurement, choice="first") or values_of(measurement)
+    if not values:
+        return None
+    named, most = max(values, key=lambda pair: pair[1].value)
+    least_named, least = min(values, key=lambda pair: pair[1].value)
+    sentence = (
+        f"U(token): the token alone tells {_percent(most.value)} of its expert in layer {named['layer']} "
+        f"{most.held_against(_percent)}"
+    )
+    if least_named["layer"] == named["layer"]:
+        return sentence + "."
+    return f"{sentence}, and {_percent(least.value)} in layer {least_named['layer']} {least.held_against(_percent)}."
+
+
+def _saturation(measurement: Measurement) -> str | None:
+    steps = next((axis.labels for axis in measurement.axes if axis.name == "step"), ())
+    if len(steps) < 2:
+        return None
+    first = steps[0]
+    values = values_of(measurement, step=first, choice="any") or values_of(measurement, step=first)
+    if not values or "layer" not in values[0][0]:
+        return None
+    mean = float(np.mean([value.value for _, value in values]))
+    reference = float(np.mean([value.reference for _, value in values]))
+    held = Value(mean, reference, math.nan, measurement.null is not None)
+    named, slowest = min(values, key=lambda pair: pair[1].ratio)
+    return (
+        f"At step {first}, {_percent(mean)} of the experts that tokens had in the end were already chosen "
+        f"{held.held_against(_percent)}; least in layer {named['layer']}, {_percent(slowest.value)}."
+    )
+
+
+def _pairs(measurement: Measurement) -> str | None:
+    values = [(named, value) for named, value in values_of(measurement) if value.reference > 0]
+    if not values or len(measurement.axes) != 3:
+        return None
+    named, most = max(values, key=lambda pair: pair[1].ratio)
+    layer, *pair = (named[axis.name] for axis in sorted(measurement.axes, key=lambda axis: axis.name != "layer"))
+    if not most.above:
+        return "No two experts work together more than chance would have it."
+    return (
+        f"The closest pair: of the tokens of expert {pair[0]} in layer {layer}, {_percent(most.value)} go to expert "
+        f"{pair[1]} too {most.held_against(_percent)}."
+    )
+
+
+def _repetition(measurement: Measurement) -> str | None:
+    values = values_of(measurement)
+    if not values or "layer" not in values[0][0]:
+        return None
+    named, most = max(values, key=lambda pair: pair[1].ratio)
+    return (
+        f"Two tokens in a row have the same expert in {_percent(most.value)} of cases in layer {named['layer']} "
+        f"{most.held_against(_percent)}."
+    )
+
+
+def _flow(flows: Sequence[Measurement], layers: Sequence[str]) -> str | None:
+    best: tuple[float, str] | None = None
+    for pair, (start, end) in zip(flows, pairwise(layers), strict=True):
+        if pair.chance is None:
+            continue
+        excess: Array = pair.values - pair.chance
+        if not np.isfinite(excess).any():
+            continue
+        origin, goal = np.unravel_index(int(np.nanargmax(excess)), excess.shape)
+        value = Value(float(pair.values[origin, goal]), float(pair.chance[origin, goal]), math.nan, False)
+        text = (
+            f"The path that most exceeds chance leads from expert {origin} of layer {start} to expert {goal} of layer "
+            f"{end}: {_percent(value.value)} of all tokens {value.held_against(_percent)}."
+        )
+        if best is None or excess[origin, goal] > best[0]:
+            best = float(excess[origin, goal]), text
+    return best[1] if best else None
+
+
+def _delta_loss(measurement: Measurement | None) -> str | None:
+    values = [] if measurement is None else values_of(measurement)
+    if not values or not {"layer", "expert"} <= set(values[0][0]):
+        return None
+    median = float(np.median([value.value for _, value in values]))
+    sure = [pair for pair in values if pair[1].above]
+    if not sure:
+        return "No expert's absence raises the loss of a domain by more than chance."
+    named, most = max(sure, key=lambda pair: pair[1].value)
+    on = f" on {named['domain']}" if "domain" in named else ""
+    error = f" (standard error {most.std:.3f})" if math.isfinite(most.std) else ""
+    return (
+        f"Without expert {named['expert']} of layer {named['layer']} the loss{on} rises by {most.value:.3f} nats a "
+        f"token{error}; the median over all experts{' and domains' if on else ''} is {median:.3f}."
+    )
+
+
+def _best_k(measurement: Measurement | None) -> str | None:
+    names = [] if measurement is None else [axis.name for axis in measurement.axes]
+    if measurement is None or names not in (["k"], ["k", "domain"]):
+        return None
+    losses = measurement.values.reshape(len(measurement.axes[0].labels), -1).mean(axis=1)
+    if not np.isfinite(losses).any():
+        return None
+    best = int(np.nanargmin(losses))
+    labels = measurement.axes[0].labels
+    mean = "mean over domains, " if "domain" in names else ""
+    return (
+        f"Loss is lowest with {labels[best]} experts a token: {losses[best]:.3f} nats ({mean}with {labels[0]}: "
+        f"{losses[0]:.3f}, with {labels[-1]}: {losses[-1]:.3f})."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
