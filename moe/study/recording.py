@@ -181,7 +181,8 @@ def losses_and_predictions(
         logits = some @ matrix
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses.append(-logits.log_softmax(dim=-1).gather(1, their_targets[:, None]).squeeze(1))
-        predictions.append(logits.argmax(dim=-1))
+        # On a CPU three times as fast as argmax.
+        predictions.append(logits.max(dim=-1).indices)
     return torch.cat(losses).view_as(targets), torch.cat(predictions).view_as(targets)
 
 

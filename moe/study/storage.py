@@ -169,7 +169,7 @@ class RecordWriter:
             self._write_group(None)
         self._close_file()
         shards = [{"name": name, "rows": rows} for name, rows in self._shards]
-        header = {"format": FORMAT, **asdict(self._header), "shards": shards}
+        header = {**_about(self._header), "vocabulary": self._header.vocabulary, "shards": shards}
         try:
             (self._partial / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
             for path in (*self._partial.iterdir(), self._partial):
@@ -265,11 +265,21 @@ def _schema_of(header: Header) -> Any:
         ]
         if layer.scores:
             columns.append((f"scores_{layer.block}", listed(pa.float16(), layer.n_experts)))
-    about = {key: value for key, value in asdict(header).items() if key not in ("vocabulary", "shards")}
     return pa.schema(
         [pa.field(name, kind, nullable=False) for name, kind in columns],
-        metadata={METADATA_KEY: json.dumps({"format": FORMAT} | about)},
+        metadata={METADATA_KEY: json.dumps(_about(header))},
     )
+
+
+def _about(header: Header) -> dict[str, Any]:
+    """What both the header and the schema say."""
+    return {
+        "format": FORMAT,
+        "source": header.source,
+        "step": header.step,
+        "domains": header.domains,
+        "layers": [asdict(layer) for layer in header.layers],
+    }
 
 
 def _leaves(schema: Any) -> list[str]:
