@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.config import AttentionConfig, ConfigError, ExpertsConfig, ModelConfig, RouterConfig
+from moe.config import AttentionConfig, CapacityConfig, ConfigError, ExpertsConfig, ModelConfig, RouterConfig
 from moe.model.router import Router
 from moe.model.router.logits import linear_logits
 from moe.model.router.selection import select_top_k
@@ -197,3 +197,21 @@ def test_anomaly_detection_refuses_logits_that_are_not_finite() -> None:
     assert routed(x).selected.shape == (3, 2)
     with torch.autograd.set_detect_anomaly(True), pytest.raises(FloatingPointError, match="not finite"):
         routed(x)
+
+
+def test_a_second_choice_that_is_not_kept_is_no_load_and_takes_no_room() -> None:
+    """Equal logits: weights of 1/2, and with a threshold of 1 half of the second choices are kept. All first choices go
+    to one expert, all second ones to another; each has ceil(2 · 200 / 4) = 100 places."""
+    router = Router(RouterConfig(second_choice=1.0, capacity=CapacityConfig(factor=1.0)), 6, 4)
+    torch.nn.init.zeros_(router.weight)
+    torch.manual_seed(0)
+
+    routing = router(torch.ones(200, 6))
+
+    assert routing.assigned is not None
+    kept = routing.assigned[:, 1]
+    assert routing.assigned[:, 0].all()
+    assert kept.float().mean().item() == pytest.approx(0.5, abs=0.12)
+    assert sorted(routing.counts().tolist()) == [0, 0, kept.sum(), 200]
+    assert (routing.weights[~kept, 1] == 0).all()
+    assert routing.dropped_count().item() == 100 + max(0, int(kept.sum()) - 100)
