@@ -178,16 +178,15 @@ def permutation_null(
     within: [N] labels are shuffled only among rows of the same number here, so that what this tells of them stays.
     blocks: [N] rows of the same number here keep a common label, for rows that were drawn together (the tokens of one
     sequence resemble each other, and shuffled one by one they would promise more than they hold). Labels move from
-    block to block, whatever their lengths: counts of rows stay only for blocks of equal length.
+    block to block, whatever their lengths: counts of rows stay only for blocks of equal length. With ``within``, rows
+    are of one block only where they agree in both.
 
-    Raises ValueError for fewer than 2 permutations, for both at once, or for a block of several labels.
+    Raises ValueError for fewer than 2 permutations, or for a block of several labels.
     """
     if permutations < 2:
         raise ValueError(f"{permutations} permutations: a deviation needs at least 2")
-    if within is not None and blocks is not None:
-        raise ValueError("labels are shuffled within groups or by blocks, not both")
+    shuffle = _shuffle(labels, within, blocks)
     generator = np.random.default_rng(seed)
-    shuffle = _shuffle_within(labels, within) if within is not None else _shuffle_blocks(labels, blocks)
     drawn = np.stack([np.asarray(statistic(shuffle(generator)), dtype=np.float64) for _ in range(permutations)])
     return Null(drawn.mean(axis=0), drawn.std(axis=0, ddof=1))
 
@@ -195,7 +194,24 @@ def permutation_null(
 Shuffle = Callable[[np.random.Generator], Array]
 
 
-def _shuffle_within(labels: Array, within: Array) -> Shuffle:
+def _shuffle(labels: Array, within: Array | None, blocks: Array | None) -> Shuffle:
+    """What draws another order of ``labels``."""
+    if blocks is None:
+        return _shuffle_rows(labels, within)
+    number = np.unique(blocks, return_inverse=True)[1]
+    if within is not None:
+        group = np.unique(within, return_inverse=True)[1]
+        number = number * (group.max(initial=0) + 1) + group
+    _, first, block = np.unique(number, return_index=True, return_inverse=True)
+    if not np.array_equal(labels[first][block], labels):
+        raise ValueError("a block has several labels")
+    shuffle_blocks = _shuffle_rows(labels[first], None if within is None else within[first])
+    return lambda generator: shuffle_blocks(generator)[block]
+
+
+def _shuffle_rows(labels: Array, within: Array | None) -> Shuffle:
+    if within is None:
+        return lambda generator: generator.permutation(labels)
     group = np.unique(within, return_inverse=True)[1]
     in_order = np.argsort(group, kind="stable")
 
@@ -208,13 +224,3 @@ def _shuffle_within(labels: Array, within: Array) -> Shuffle:
         return shuffled
 
     return shuffle
-
-
-def _shuffle_blocks(labels: Array, blocks: Array | None) -> Shuffle:
-    if blocks is None:
-        return lambda generator: generator.permutation(labels)
-    _, first, block = np.unique(blocks, return_index=True, return_inverse=True)
-    label_of_block = labels[first]
-    if not np.array_equal(label_of_block[block], labels):
-        raise ValueError("a block has several labels")
-    return lambda generator: generator.permutation(label_of_block)[block]

@@ -67,8 +67,9 @@ def domain_information(record: Record, permutations: int = 20, seed: int = 0) ->
     token id adds, or what the token id tells plus the second). The expert is that of a random place of a token's K.
     With fewer experts than domains the first cannot reach 1, nor the second where the token id tells the domain.
 
-    The nulls: whole sequences get the domains of others, because tokens of one sequence resemble each other; for the
-    second, domains are shuffled among the tokens of one id. NaN for a record of one domain.
+    The nulls: whole sequences get the domains of others, because tokens of one sequence resemble each other (shuffled
+    one by one, they make a difference out of any two samples of one domain). For the second this is done for the tokens
+    of each id apart, so that id and domain stay as they are. NaN for a record of one domain.
     """
     by_layer = [_assignments(layer) for layer in record.layers]
 
@@ -79,10 +80,13 @@ def domain_information(record: Record, permutations: int = 20, seed: int = 0) ->
         counts = (Counts.of(domain[token], expert, record.token_id[token]) for expert, token in by_layer)
         return np.array([_over_entropy(joint) for joint in counts])
 
-    nulls = (
-        permutation_null(nmi, record.domain, blocks=_sequences(record), permutations=permutations, seed=seed),
-        permutation_null(conditional, record.domain, within=record.token_id, permutations=permutations, seed=seed),
-    )
+    sequences = _sequences(record)
+    nulls = [
+        permutation_null(
+            statistic, record.domain, within=within, blocks=sequences, permutations=permutations, seed=seed
+        )
+        for statistic, within in ((nmi, None), (conditional, record.token_id))
+    ]
     return Measurement(
         "domain_information",
         "What the expert tells of the domain",

@@ -251,6 +251,21 @@ def test_a_shuffle_by_blocks_keeps_the_rows_of_a_block_alike() -> None:
     assert seen == {(5, 5, 6, 6, 6, 6), (6, 6, 5, 5, 6, 6), (6, 6, 6, 6, 5, 5)}
 
 
+def test_blocks_within_groups_are_shuffled_among_those_of_their_group() -> None:
+    # Group 0 has the blocks 0 (twice) and 1; group 1 has the blocks 0 and 1, though these are numbered alike.
+    group, blocks = np.array([0, 0, 0, 1, 1]), np.array([0, 0, 1, 0, 1])
+    labels = np.array([5, 5, 6, 7, 8])
+    seen: set[tuple[int, ...]] = set()
+
+    def watch(shuffled: np.ndarray) -> float:
+        seen.add(tuple(shuffled.tolist()))
+        return 0.0
+
+    permutation_null(watch, labels, within=group, blocks=blocks, permutations=100)
+
+    assert seen == {(*first, *second) for first in ((5, 5, 6), (6, 6, 5)) for second in ((7, 8), (8, 7))}
+
+
 def test_blocks_drawn_together_promise_less_than_their_rows() -> None:
     # 20 sequences of 100 tokens, each with one expert throughout, and no tie between domain and expert: information
     # over single tokens is far above a null of single tokens, and within that of whole sequences.
@@ -277,5 +292,3 @@ def test_a_null_refuses_what_it_cannot_do() -> None:
         permutation_null(np.mean, labels, permutations=1)
     with pytest.raises(ValueError, match="several labels"):
         permutation_null(np.mean, labels, blocks=np.array([0, 0]))
-    with pytest.raises(ValueError, match="not both"):
-        permutation_null(np.mean, labels, blocks=labels, within=labels)
