@@ -631,10 +631,12 @@ def _draw_heat_map(figure: "go.Figure", panel: Panel, *, row: int, col: int, fir
         parts = [panel.values, chosen, panel.values / np.where(chosen > 0, chosen, np.nan)]
         hover += f"%{{customdata[0]:{number}}}, {shade.reference} %{{customdata[1]:{number}}}"
         hover += f"<br>%{{customdata[2]:.2f}} times {shade.reference}"
-        if panel.null_std is not None:
-            hover += f", null %{{customdata[3]:{number}}} ± %{{customdata[4]:{number}}}"
-            assert panel.null is not None
-            parts += [panel.null, panel.null_std]
+        if shade.reference == "chance" and panel.null is not None:
+            hover += f", null %{{customdata[3]:{number}}}"
+            parts.append(panel.null)
+            if panel.null_std is not None:
+                hover += f" ± %{{customdata[4]:{number}}}"
+                parts.append(panel.null_std)
     data = np.stack(parts, axis=-1).astype(np.float32) if parts else None
     figure.add_trace(
         go.Heatmap(
@@ -689,7 +691,7 @@ def _dots(panel: Panel) -> list[list[str]] | None:
     if panel.null is None or panel.null_std is None:
         return None
     near = np.abs(panel.values - panel.null) <= WITHIN * panel.null_std
-    return [["·" if cell else "" for cell in line] for line in near]
+    return [["•" if cell else "" for cell in line] for line in near]
 
 
 def _axis_title(name: str) -> str:

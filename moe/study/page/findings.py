@@ -1,20 +1,25 @@
 """What the measurements say in plain words, never without what chance would give.
 
-A finding is one only where the value is more than :data:`SURE` standard deviations above what shuffled data gave, or,
-where nothing was shuffled, :data:`CLEAR` times chance; otherwise the sentence says that it is no more than chance.
+A finding is one only where the value is more than :data:`SURE` standard deviations above what shuffled data gave
+(:data:`SOUGHT` where it is the largest of many), or, where no deviation is known, :data:`CLEAR` times chance; otherwise
+the sentence says that it is no more than chance.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
-from moe.study.measurement import Array, Measurement
+from moe.study.measurement import Measurement
+from moe.study.metrics.load import expert_counts, load, max_violation
+from moe.study.record import Record
 
 SURE = 3.0
-"""standard deviations of the null"""
+SOUGHT = 5.0
+"""standard deviations for the largest of many cells: of 384 cells without effect, 1.6 exceed 3 and 0.02 exceed 5, where
+20 shuffles give the deviation (Student's t)"""
 CLEAR = 1.1
 """times chance, where there is no null"""
 DEAD = 0.1
@@ -34,11 +39,10 @@ class Value:
     """of the null; NaN where there is none"""
     is_null: bool
 
-    @property
-    def above(self) -> bool:
+    def above(self, deviations: float = SURE) -> bool:
         """Whether this is more than chance."""
-        if self.is_null and math.isfinite(self.std):
-            return self.value > self.reference + SURE * self.std
+        if math.isfinite(self.std):
+            return self.value > self.reference + deviations * self.std
         return self.reference > 0 and self.value > self.reference * CLEAR
 
     @property
@@ -46,10 +50,11 @@ class Value:
         """Value over reference; infinite over nothing."""
         return self.value / self.reference if self.reference > 0 else math.inf
 
-    def held_against(self, spell: Callable[[float], str]) -> str:
+    def held_against(self, spell: Callable[[float], str], deviations: float = SURE) -> str:
         """The reference in brackets, and the verdict where it is not above."""
-        kind = "shuffled data" if self.is_null else "chance"
-        return f"({kind}: {spell(self.reference)})" + ("" if self.above else ", which is no more than chance")
+        kind = "null" if self.is_null else "chance"
+        verdict = "" if self.above(deviations) else ", which is no more than chance"
+        return f"({kind}: {spell(self.reference)})" + verdict
 
 
 def values_of(measurement: Measurement, **labels: str) -> list[tuple[dict[str, str], Value]]:
@@ -72,46 +77,48 @@ def values_of(measurement: Measurement, **labels: str) -> list[tuple[dict[str, s
 
 
 def findings(
+    final: Record,
     measurements: Mapping[str, Measurement],
-    load: Measurement,
     flows: Sequence[Measurement] = (),
-    layers: Sequence[str] = (),
     delta_loss: Measurement | None = None,
     loss_by_k: Measurement | None = None,
 ) -> list[str]:
     """Sentences, the balance first; a metric that is missing, or has other axes than expected, has none.
 
-    ``load`` is [layer, expert], shares of all assignments; ``flows`` are those of neighbouring ``layers``.
+    ``measurements`` are those of ``final`` by name, ``flows`` its transitions between neighbouring layers, [from, to].
     """
-    found = [_balance(load)]
+    found = [_balance(final)]
     sentences: tuple[tuple[str, Callable[[Measurement], str | None]], ...] = (
         ("domain_specialisation", _domains),
         ("domain_information", _domain_information),
         ("token_dependence", _tokens),
         ("saturation", _saturation),
-        ("co_activation", _pairs),
         ("consecutive_repetition", _repetition),
+        ("co_activation", lambda measurement: _pairs(measurement, final)),
     )
     for name, sentence in sentences:
         if name in measurements:
             found.append(sentence(measurements[name]))
-    found += [_flow(flows, layers), _delta_loss(delta_loss), _best_k(loss_by_k)]
+    found += [_flow(flows, final), _delta_loss(delta_loss), _best_k(loss_by_k)]
     return [sentence for sentence in found if sentence]
 
 
-def _balance(load: Measurement) -> str | None:
-    if not load.values.size or load.chance is None:
+def _balance(final: Record) -> str | None:
+    if not final.layers or not final.n_tokens:
         return None
-    times = load.values / np.broadcast_to(load.chance, load.values.shape)
+    shares = load(final)
+    times = shares.over_chance
     if not np.isfinite(times).any():
         return None
     layer, expert = np.unravel_index(int(np.nanargmax(times)), times.shape)
+    by_chance = max_violation(final).chance
+    assert by_chance is not None
+    random = 1 + float(np.broadcast_to(by_chance, len(final.layers))[layer])
     dead = int(np.nansum(times < DEAD))
-    where = f"expert {load.axes[1].labels[expert]} of layer {load.axes[0].labels[layer]}"
     return (
-        f"The busiest expert, {where}, gets {times[layer, expert]:.2f} times its fair share; of the "
-        f"{int(np.isfinite(times).sum())} experts in all layers {dead or 'none'} {'get' if dead > 1 else 'gets'} less "
-        "than a tenth of it."
+        f"The busiest expert, number {expert} of layer {final.blocks[layer]}, gets {times[layer, expert]:.2f} times "
+        f"its fair share (the busiest by chance: {random:.2f}); of the {int(np.isfinite(times).sum())} experts in all "
+        f"layers {dead or 'none'} {'get' if dead > 1 else 'gets'} less than a tenth of it."
     )
 
 
@@ -120,7 +127,7 @@ def _domains(measurement: Measurement) -> str | None:
     if not values or not {"layer", "domain", "expert"} <= set(values[0][0]):
         return None
     # A cell that few tokens reach can be many times nothing: the busiest excess, not the largest ratio.
-    sure = [(named, value) for named, value in values if value.above]
+    sure = [(named, value) for named, value in values if value.above(SOUGHT) and value.ratio >= CLEAR]
     if not sure:
         return (
             "No layer sends a domain to some experts more than it would if domains were shuffled: domain "
@@ -138,9 +145,6 @@ def _domains(measurement: Measurement) -> str | None:
         domains.add(domain)
         cells = [pair for pair in sure if pair[0]["layer"] == layer and pair[0]["domain"] == domain]
         cells = sorted(cells, key=lambda pair: pair[1].reference - pair[1].value)[:MOST_EXPERTS]
-        cells = [pair for pair in cells if pair[1].ratio >= CLEAR]
-        if not cells:
-            continue
         experts = _listed([named["expert"] for named, _ in cells])
         ratios = _listed([f"{value.ratio:.1f}" for _, value in cells])
         of_all = "its share" if len(cells) == 1 else "their shares"
@@ -202,18 +206,32 @@ def _saturation(measurement: Measurement) -> str | None:
     )
 
 
-def _pairs(measurement: Measurement) -> str | None:
-    values = [(named, value) for named, value in values_of(measurement) if value.reference > 0]
-    if not values or len(measurement.axes) != 3:
+def _pairs(measurement: Measurement, final: Record) -> str | None:
+    if [axis.name for axis in measurement.axes] != ["layer", "expert", "other"]:
         return None
-    named, most = max(values, key=lambda pair: pair[1].ratio)
-    layer, *pair = (named[axis.name] for axis in sorted(measurement.axes, key=lambda axis: axis.name != "layer"))
-    if not most.above:
-        return "No two experts work together more than chance would have it."
+    tokens = {
+        (str(layer.block), str(expert)): int(count)
+        for layer in final.layers
+        for expert, count in enumerate(expert_counts(layer)[0])
+    }
+    # The null has no deviation: that of a share of so many tokens.
+    values = [
+        (named, _counted(value, tokens.get((named["layer"], named["expert"]), 0)))
+        for named, value in values_of(measurement)
+    ]
+    sure = [pair for pair in values if pair[1].above(SOUGHT) and pair[1].ratio >= CLEAR]
+    if not sure:
+        return "No two experts are chosen together more often than their loads alone would have it." if values else None
+    named, most = max(sure, key=lambda pair: (pair[1].value - pair[1].reference) / pair[1].std)
     return (
-        f"The closest pair: of the tokens of expert {pair[0]} in layer {layer}, {_percent(most.value)} go to expert "
-        f"{pair[1]} too {most.held_against(_percent)}."
+        f"The firmest pair: of the tokens of expert {named['expert']} in layer {named['layer']}, "
+        f"{_percent(most.value)} go to expert {named['other']} too {most.held_against(_percent, SOUGHT)}."
     )
+
+
+def _counted(value: Value, draws: int) -> Value:
+    """With the standard deviation of a share of ``draws`` at random."""
+    return replace(value, std=math.sqrt(max(value.reference * (1 - value.reference), 0.0) / max(draws, 1)))
 
 
 def _repetition(measurement: Measurement) -> str | None:
@@ -227,23 +245,22 @@ def _repetition(measurement: Measurement) -> str | None:
     )
 
 
-def _flow(flows: Sequence[Measurement], layers: Sequence[str]) -> str | None:
-    best: tuple[float, str] | None = None
-    for pair, (start, end) in zip(flows, pairwise(layers), strict=True):
-        if pair.chance is None:
-            continue
-        excess: Array = pair.values - pair.chance
-        if not np.isfinite(excess).any():
-            continue
-        origin, goal = np.unravel_index(int(np.nanargmax(excess)), excess.shape)
-        value = Value(float(pair.values[origin, goal]), float(pair.chance[origin, goal]), math.nan, False)
-        text = (
-            f"The path that most exceeds chance leads from expert {origin} of layer {start} to expert {goal} of layer "
-            f"{end}: {_percent(value.value)} of all tokens {value.held_against(_percent)}."
-        )
-        if best is None or excess[origin, goal] > best[0]:
-            best = float(excess[origin, goal]), text
-    return best[1] if best else None
+def _flow(flows: Sequence[Measurement], final: Record) -> str | None:
+    sure = []
+    for pair, (start, end) in zip(flows, pairwise(final.blocks), strict=True):
+        for named, value in values_of(pair):
+            counted = _counted(value, final.n_tokens)
+            if counted.above(SOUGHT) and counted.ratio >= CLEAR:
+                sure.append(
+                    (counted, f"expert {named['from']} of layer {start} to expert {named['to']} of layer {end}")
+                )
+    if not sure:
+        return "No way from layer to layer is taken more often than chance." if flows else None
+    most, way = max(sure, key=lambda pair: pair[0].value - pair[0].reference)
+    return (
+        f"The way that most exceeds chance leads from {way}: {_percent(most.value)} of all tokens "
+        f"{most.held_against(_percent, SOUGHT)}."
+    )
 
 
 def _delta_loss(measurement: Measurement | None) -> str | None:
@@ -251,7 +268,7 @@ def _delta_loss(measurement: Measurement | None) -> str | None:
     if not values or not {"layer", "expert"} <= set(values[0][0]):
         return None
     median = float(np.median([value.value for _, value in values]))
-    sure = [pair for pair in values if pair[1].above]
+    sure = [pair for pair in values if pair[1].above(SOUGHT)]
     if not sure:
         return "No expert's absence raises the loss of a domain by more than chance."
     named, most = max(sure, key=lambda pair: pair[1].value)

@@ -3,6 +3,12 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const byId = (id) => document.getElementById(id);
+  function bytesOf(base64) {
+    const letters = atob(base64);
+    const bytes = new Uint8Array(letters.length);
+    for (let at = 0; at < letters.length; at++) bytes[at] = letters.charCodeAt(at);
+    return bytes;
+  }
 
   // ---------------------------------------------------------------------------------------------------------- theme
   const themes = {
@@ -28,11 +34,12 @@
 
   // -------------------------------------------------------------------------------------------------------- figures
   async function unpackPlotly() {
-    const packed = Uint8Array.from(atob(byId("plotly").textContent), (letter) => letter.charCodeAt(0));
-    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const stream = new Blob([bytesOf(byId("plotly").textContent)]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = document.createElement("script");
     script.textContent = await new Response(stream).text();
+    performance.mark("unpacked");
     document.head.append(script);
+    performance.mark("plotly");
   }
 
   function dressed(name) {
@@ -99,8 +106,7 @@
   // --------------------------------------------------------------------------------------------------- text viewer
   const arrays = { Uint8: Uint8Array, Uint16: Uint16Array, Uint32: Uint32Array };
   function unpacked(packed) {
-    const bytes = Uint8Array.from(atob(packed.data), (letter) => letter.charCodeAt(0));
-    return new arrays[packed.type](bytes.buffer);
+    return new arrays[packed.type](bytesOf(packed.data).buffer);
   }
   const pane = byId("text-pane");
   if (pane) viewer();
@@ -306,6 +312,7 @@
       (entries) => {
         for (const entry of entries)
           if (entry.isIntersecting) { watcher.unobserve(entry.target); draw(entry.target); }
+        performance.mark("drawn");
       },
       { rootMargin: "600px" },
     );

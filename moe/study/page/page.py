@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ import numpy as np
 
 from moe.errors import UserError
 from moe.study.measurement import Array, Axis, Measurement
+from moe.study.metrics.load import load
+from moe.study.metrics.pairs import cross_layer_transitions
 from moe.study.metrics.specialisation import typical_tokens
 from moe.study.page.findings import findings
 from moe.study.page.viewer import packed_tokens
@@ -67,20 +70,11 @@ def write_page(
     configuration, loss (nats), bits per byte or any others; the loss is that of ``final`` if it is not among them.
     Raises UserError where plotly is missing.
     """
-    go = graph_objects()
-    del go
+    graph_objects()
     parts = measurements or {}
     page = _Page()
-    flows = first_choice_flows(final)
-    load = load_over(final, [final])
-    sentences = findings(
-        parts,
-        replace(load, values=load.values[0], chance=_first(load.chance), axes=load.axes[1:]),
-        flows,
-        final.blocks,
-        delta_loss,
-        loss_by_k,
-    )
+    flows = [cross_layer_transitions(final, one.block, other.block) for one, other in pairwise(final.layers)]
+    sentences = findings(final, parts, flows, delta_loss, loss_by_k)
     sections = [
         _summary(final, facts or {}, sentences),
         page.section("load", "Load per layer over training", _load(page, final, over_training)),
@@ -136,61 +130,16 @@ def _packed_plotly() -> str:
 # --------------------------------------------------------------------------------------------------------- measurements
 
 
-def load_over(final: Record, records: Sequence[Record]) -> Measurement:
-    """Each expert's share of all assignments, [step, layer, expert]; chance is 1/E, NaN beyond a layer's experts."""
-    n_experts = max((layer.n_experts for layer in final.layers), default=0)
-    shape = (len(records), len(final.layers), n_experts)
-    values, chance = np.full(shape, np.nan), np.full(shape, np.nan)
-    for step, record in enumerate(records):
-        for index, layer in enumerate(record.layers):
-            counts = np.bincount(layer.selected[layer.assigned], minlength=layer.n_experts)
-            values[step, index, : layer.n_experts] = counts / max(int(counts.sum()), 1)
-            chance[step, index, : layer.n_experts] = 1 / layer.n_experts
+def load_over(records: Sequence[Record]) -> Measurement:
+    """The load of records of the same layers, [step, layer, expert]."""
+    loads = [load(record) for record in records]
     steps = tuple("end" if record.step is None else str(record.step) for record in records)
-    experts = Axis("expert", tuple(str(number) for number in range(n_experts)))
-    return Measurement(
-        "load",
-        "Load",
-        "Each bar is an expert's share of all assignments of a layer; the dashed line is the fair share, 1/E, and bars "
-        "that stay far from it are experts that the router neglects or leans on.",
-        values,
-        (Axis("step", steps), Axis("layer", final.blocks), experts),
-        "share",
-        chance,
+    return replace(
+        loads[-1],
+        values=np.stack([measured.values for measured in loads]),
+        axes=(Axis("step", steps), *loads[-1].axes),
+        chance=None if loads[-1].chance is None else loads[-1].chance[None],
     )
-
-
-def first_choice_flows(record: Record) -> list[Measurement]:
-    """For each two neighbouring layers the share of tokens whose first choices are this pair, [from, to].
-
-    Chance is the product of the two experts' shares: what layers that know nothing of each other would give. Tokens
-    without a first choice in either layer are left out.
-    """
-    flows = []
-    for one, other in zip(record.layers, record.layers[1:], strict=False):
-        both = (one.selected[:, 0] >= 0) & (other.selected[:, 0] >= 0)
-        code = one.selected[both, 0].astype(np.int64) * other.n_experts + other.selected[both, 0]
-        counts = np.bincount(code, minlength=one.n_experts * other.n_experts).reshape(one.n_experts, other.n_experts)
-        shares = counts / max(int(counts.sum()), 1)
-        flows.append(
-            Measurement(
-                "first_choice_flow",
-                "Flow",
-                "The share of tokens that take this way.",
-                shares,
-                tuple(
-                    Axis(name, tuple(str(number) for number in range(layer.n_experts)))
-                    for name, layer in (("from", one), ("to", other))
-                ),
-                "share",
-                np.outer(shares.sum(axis=1), shares.sum(axis=0)),
-            )
-        )
-    return flows
-
-
-def _first(part: Array | None) -> Array | None:
-    return None if part is None else part[0]
 
 
 def _part(measurement: Measurement, axis: str, indices: Sequence[int]) -> Measurement:
@@ -353,15 +302,17 @@ def _spelled(value: str | int | float) -> str:
 
 
 def _load(page: _Page, final: Record, over_training: Sequence[Record]) -> str:
-    comparable = [record for record in over_training if len(record.layers) == len(final.layers)]
-    records = comparable or [final]
     if not final.layers:
         return missing("the record has no mixture layer", "Load")
-    measurement = load_over(final, records)
-    last = replace(
-        measurement, values=measurement.values[-1], chance=_part_of_last(measurement), axes=measurement.axes[1:]
-    )
-    figure = draw_bars_by_layer(last)
+    same = [
+        record
+        for record in over_training
+        if [(layer.block, layer.n_experts) for layer in record.layers]
+        == [(layer.block, layer.n_experts) for layer in final.layers]
+    ]
+    records = same or [final]
+    measurement = load_over(records)
+    figure = draw_bars_by_layer(load(records[-1]))
     top = float(np.nanmax(measurement.values))
     figure.update_yaxes(range=[0, 1.05 * top])
     picture = page.picture("load", figure)
@@ -374,10 +325,6 @@ def _load(page: _Page, final: Record, over_training: Sequence[Record]) -> str:
         else missing("only one step is recorded, so there is no slider", "Load over training")
     )
     return f'<p class="reading">{html.escape(measurement.reading)}</p>{slider}{picture}'
-
-
-def _part_of_last(measurement: Measurement) -> Array | None:
-    return None if measurement.chance is None else measurement.chance[-1]
 
 
 def _domains(page: _Page, parts: Mapping[str, Measurement]) -> str:
