@@ -329,3 +329,19 @@ def test_an_interrupted_recording_leaves_the_mode_and_no_folder(corpus: Prepared
 
     assert model.training
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_records_what_a_cpu_records(corpus: PreparedCorpus, tmp_path: Path) -> None:
+    """In float64, so that no near-tie is decided otherwise."""
+    (tmp_path / "gpu").mkdir()
+
+    on_cpu = record(model_of(), corpus, tmp_path)
+    on_gpu = record(model_of().cuda(), corpus, tmp_path / "gpu")
+
+    np.testing.assert_array_equal(on_cpu.predicted_id, on_gpu.predicted_id)
+    np.testing.assert_allclose(on_cpu.loss, on_gpu.loss, rtol=1e-6)
+    for mine, other in zip(on_cpu.layers, on_gpu.layers, strict=True):
+        np.testing.assert_array_equal(mine.selected, other.selected)
+        np.testing.assert_allclose(mine.weights, other.weights, rtol=1e-6)
