@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,21 +15,7 @@ from moe.config import AttentionConfig, BalanceConfig, ExpertsConfig, ModelConfi
 from moe.model.router import Router
 from moe.model.transformer import Transformer
 from moe.study.metrics.stability import flip_rate, near_ties, precision_flips, saturation, selection_margin
-from moe.study.record import EMPTY, Layer, Record
-
-
-def record_of(*selected: object, n_experts: int = 4, step: int | None = None, scores: object = None) -> Record:
-    """A record of one sequence; ``selected`` holds the experts of each layer [N, K], ``scores`` those of all layers."""
-    layers = []
-    for block, chosen in enumerate(selected):
-        places = np.asarray(chosen, dtype=np.int32)
-        table = None if scores is None else np.asarray(scores, dtype=np.float16)
-        no = np.zeros(places.shape, np.bool_)
-        layers.append(Layer(block, n_experts, places, np.ones(places.shape, np.float32), no, table))
-    n = len(layers[0].selected)
-    zeros, order = np.zeros(n, np.int32), np.arange(n, dtype=np.int32)
-    loss = np.zeros(n, np.float32)
-    return Record(zeros, zeros, zeros, loss, order, zeros, zeros, ("text",), tuple(layers), step=step)
+from moe.study.record import EMPTY
 
 
 def random_places(generator: np.random.Generator, n: int, n_experts: int, top_k: int) -> np.ndarray:
@@ -38,9 +25,9 @@ def random_places(generator: np.random.Generator, n: int, n_experts: int, top_k:
 # ---------------------------------------------------------------------------------------------------------- saturation
 
 
-def test_saturation_is_the_share_of_final_experts_that_were_there() -> None:
-    early = record_of([[0, 1], [2, 3], [1, 0]], step=10)
-    final = record_of([[1, 2], [2, 3], [0, 1]], step=20)
+def test_saturation_is_the_share_of_final_experts_that_were_there(records: Any) -> None:
+    early = records.of([[[0, 1], [2, 3], [1, 0]]], 4, step=10)
+    final = records.of([[[1, 2], [2, 3], [0, 1]]], 4, step=20)
 
     measured = saturation([early, final])
 
@@ -51,20 +38,18 @@ def test_saturation_is_the_share_of_final_experts_that_were_there() -> None:
     assert measured.chance[0] == pytest.approx(np.array([[2 / 4, 1 / 4]] * 2))
 
 
-def test_saturation_of_each_layer_is_its_own() -> None:
-    one = record_of([[0], [1]], [[2], [2]], step=0)
-    two = record_of([[0], [1]], [[2], [3]], step=1)
+def test_saturation_of_each_layer_is_its_own(records: Any) -> None:
+    one = records.of([[[0], [1]], [[2], [2]]], 4, step=0)
+    two = records.of([[[0], [1]], [[2], [3]]], 4, step=1)
 
     assert saturation([one, two]).values[:, 0, 0].tolist() == [1, 0.5]
 
 
-def test_unrelated_routing_is_at_chance_and_collapsed_routing_at_its_null() -> None:
+def test_unrelated_routing_is_at_chance_and_collapsed_routing_at_its_null(records: Any) -> None:
     generator = np.random.default_rng(0)
-    balanced = [record_of(random_places(generator, 4000, 8, 2), n_experts=8, step=step) for step in (1, 2)]
+    balanced = [records.of([random_places(generator, 4000, 8, 2)], 8, step=step) for step in (1, 2)]
     # Nine tokens in ten go to expert 0 at both steps, though not the same tokens.
-    collapsed = [
-        record_of(np.where(generator.random((4000, 1)) < 0.9, 0, 1), n_experts=8, step=step) for step in (1, 2)
-    ]
+    collapsed = [records.of([np.where(generator.random((4000, 1)) < 0.9, 0, 1)], 8, step=step) for step in (1, 2)]
 
     assert saturation(balanced).values[0, 0] == pytest.approx([2 / 8, 1 / 8], abs=0.02)
     measured = saturation(collapsed)
@@ -76,7 +61,7 @@ def test_unrelated_routing_is_at_chance_and_collapsed_routing_at_its_null() -> N
     assert measured.chance[0, 0] == pytest.approx([1 / 8, 1 / 8])
 
 
-def test_the_exact_null_is_the_mean_over_shuffled_tokens() -> None:
+def test_the_exact_null_is_the_mean_over_shuffled_tokens(records: Any) -> None:
     generator = np.random.default_rng(1)
     early = np.where(generator.random((300, 2)) < 0.2, EMPTY, random_places(generator, 300, 5, 2))
     final = np.where(generator.random((300, 2)) < 0.3, EMPTY, random_places(generator, 300, 5, 2))
@@ -85,11 +70,9 @@ def test_the_exact_null_is_the_mean_over_shuffled_tokens() -> None:
     kept = final[:, 0] != EMPTY
     early, final = early[kept], final[kept]
 
-    null = saturation([record_of(early, n_experts=5, step=0), record_of(final, n_experts=5, step=1)]).null
+    null = saturation([records.of([early], 5, step=0), records.of([final], 5, step=1)]).null
     shuffled = [
-        saturation(
-            [record_of(generator.permutation(early), n_experts=5, step=0), record_of(final, n_experts=5, step=1)]
-        ).values[0, 0]
+        saturation([records.of([generator.permutation(early)], 5, step=0), records.of([final], 5, step=1)]).values[0, 0]
         for _ in range(300)
     ]
 
@@ -97,16 +80,16 @@ def test_the_exact_null_is_the_mean_over_shuffled_tokens() -> None:
     assert null[0, 0] == pytest.approx(np.mean(shuffled, axis=0), abs=0.006)
 
 
-def test_a_token_counts_by_the_experts_that_it_has_in_the_end() -> None:
+def test_a_token_counts_by_the_experts_that_it_has_in_the_end(records: Any) -> None:
     # Token 0 ends with one expert, which it had; token 1 with two, of which it had one; token 2 with none: left out.
-    early = record_of([[0, 1], [1, EMPTY], [3, 2]], step=0)
-    final = record_of([[0, EMPTY], [1, 2], [EMPTY, EMPTY]], step=1)
+    early = records.of([[[0, 1], [1, EMPTY], [3, 2]]], 4, step=0)
+    final = records.of([[[0, EMPTY], [1, 2], [EMPTY, EMPTY]]], 4, step=1)
 
     assert saturation([early, final]).values[0, 0, 0] == pytest.approx((1 + 1 / 2) / 2)
 
 
-def test_saturation_refuses_what_cannot_be_compared() -> None:
-    one, two = record_of([[0], [1]], step=1), record_of([[0], [1]], step=2)
+def test_saturation_refuses_what_cannot_be_compared(records: Any) -> None:
+    one, two = records.of([[[0], [1]]], 4, step=1), records.of([[[0], [1]]], 4, step=2)
     other_tokens = replace(two, token_id=np.array([0, 7], dtype=np.int32))
 
     with pytest.raises(ValueError, match="at least 2"):
@@ -114,20 +97,20 @@ def test_saturation_refuses_what_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="increasing"):
         saturation([two, one])
     with pytest.raises(ValueError, match="known"):
-        saturation([record_of([[0], [1]]), two])
+        saturation([records.of([[[0], [1]]], 4), two])
     with pytest.raises(ValueError, match="token_id differs"):
         saturation([one, other_tokens])
     with pytest.raises(ValueError, match="different layers"):
-        saturation([one, record_of([[0], [1]], n_experts=5, step=2)])
+        saturation([one, records.of([[[0], [1]]], 5, step=2)])
 
 
 # --------------------------------------------------------------------------------------------------------------- flips
 
 
-def test_a_set_in_another_order_is_the_same_set_with_another_first_choice() -> None:
+def test_a_set_in_another_order_is_the_same_set_with_another_first_choice(records: Any) -> None:
     # Token 0: same; 1: swapped; 2: another second; 3: another first.
-    one = record_of([[0, 1], [0, 1], [0, 1], [0, 1]])
-    other = record_of([[0, 1], [1, 0], [0, 2], [3, 1]])
+    one = records.of([[[0, 1], [0, 1], [0, 1], [0, 1]]], 4)
+    other = records.of([[[0, 1], [1, 0], [0, 2], [3, 1]]], 4)
 
     measured = flip_rate(one, other)
 
@@ -140,9 +123,9 @@ def test_a_set_in_another_order_is_the_same_set_with_another_first_choice() -> N
     assert measured.null[0] == pytest.approx([1 / 2, 1 / 2])
 
 
-def test_routing_at_random_flips_at_chance() -> None:
+def test_routing_at_random_flips_at_chance(records: Any) -> None:
     generator = np.random.default_rng(0)
-    one, other = (record_of(random_places(generator, 4000, 6, 2), n_experts=6) for _ in range(2))
+    one, other = (records.of([random_places(generator, 4000, 6, 2)], 6) for _ in range(2))
 
     measured = flip_rate(one, other)
 
@@ -154,10 +137,10 @@ def test_routing_at_random_flips_at_chance() -> None:
 
 @given(st.integers(0, 1000), st.integers(1, 4))
 @settings(max_examples=25, deadline=None)
-def test_laws_of_flips_and_overlaps(seed: int, top_k: int) -> None:
+def test_laws_of_flips_and_overlaps(records: Any, seed: int, top_k: int) -> None:
     generator = np.random.default_rng(seed)
     places = [random_places(generator, 30, 9, top_k) for _ in range(2)]
-    one, other = (record_of(chosen, n_experts=9, step=step) for step, chosen in enumerate(places))
+    one, other = (records.of([chosen], 9, step=step) for step, chosen in enumerate(places))
 
     flips = flip_rate(one, other).values
 
@@ -169,17 +152,17 @@ def test_laws_of_flips_and_overlaps(seed: int, top_k: int) -> None:
     assert saturation([one, other]).values[0, 0, 1] == pytest.approx(1 - flips[0, 1])
 
 
-def test_flips_refuse_other_tokens() -> None:
+def test_flips_refuse_other_tokens(records: Any) -> None:
     with pytest.raises(ValueError, match="token_id differs"):
-        flip_rate(record_of([[0]]), record_of([[0], [1]]))
+        flip_rate(records.of([[[0]]], 4), records.of([[[0], [1]]], 4))
 
 
 # ------------------------------------------------------------------------------------------------------------- margins
 
 
-def test_a_margin_is_the_last_score_selected_minus_the_next() -> None:
+def test_a_margin_is_the_last_score_selected_minus_the_next(records: Any) -> None:
     scores = [[0.5, 0.25, 0.125, 0.125], [0.125, 0.5, 0.375, 0.0]]
-    record = record_of([[0, 1], [1, 2]], scores=scores)
+    record = records.of([[[0, 1], [1, 2]]], 4, scores=[scores])
 
     measured = selection_margin(record)
 
@@ -191,27 +174,27 @@ def test_a_margin_is_the_last_score_selected_minus_the_next() -> None:
     assert near_ties(record, 0.2).values.tolist() == [0.5]
 
 
-def test_a_selection_that_the_scores_did_not_make_has_a_margin_below_0() -> None:
+def test_a_selection_that_the_scores_did_not_make_has_a_margin_below_0(records: Any) -> None:
     # A bias lifted expert 2 over expert 0.
-    record = record_of([[2]], scores=[[0.5, 0.0, 0.25, 0.25]])
+    record = records.of([[[2]]], 4, scores=[[[0.5, 0.0, 0.25, 0.25]]])
 
     assert selection_margin(record).values[0] == pytest.approx([-0.25] * 6)
     assert near_ties(record, 0.1).values.tolist() == [0]
 
 
-def test_a_token_of_all_experts_or_none_has_no_margin() -> None:
-    record = record_of([[0, 1], [EMPTY, EMPTY], [1, EMPTY]], n_experts=2, scores=[[0.5, 0.5], [0.5, 0.5], [0.25, 0.75]])
+def test_a_token_of_all_experts_or_none_has_no_margin(records: Any) -> None:
+    record = records.of([[[0, 1], [EMPTY, EMPTY], [1, EMPTY]]], 2, scores=[[[0.5, 0.5], [0.5, 0.5], [0.25, 0.75]]])
 
     assert selection_margin(record).values[0, 3] == 0.5
-    assert np.isnan(selection_margin(record_of([[0, 1]], n_experts=2, scores=[[0.5, 0.5]])).values).all()
-    assert np.isnan(near_ties(record_of([[0, 1]], n_experts=2, scores=[[0.5, 0.5]])).values).all()
+    assert np.isnan(selection_margin(records.of([[[0, 1]]], 2, scores=[[[0.5, 0.5]]])).values).all()
+    assert np.isnan(near_ties(records.of([[[0, 1]]], 2, scores=[[[0.5, 0.5]]])).values).all()
 
 
-def test_margins_need_scores() -> None:
+def test_margins_need_scores(records: Any) -> None:
     with pytest.raises(ValueError, match="block 0: the scores"):
-        selection_margin(record_of([[0]]))
+        selection_margin(records.of([[[0]]], 4))
     with pytest.raises(ValueError, match="not recorded"):
-        near_ties(record_of([[0]]))
+        near_ties(records.of([[[0]]], 4))
 
 
 # ----------------------------------------------------------------------------------------------------------- precision
@@ -303,10 +286,10 @@ def test_flips_of_a_router_that_builds_on_the_one_before() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_precision_needs_float32_and_experts() -> None:
+def test_precision_needs_float32_and_experts(records: Any) -> None:
     with pytest.raises(ValueError, match="no float32 to compare"):
         precision_flips(model_of().bfloat16(), some_tokens())
     dense = Transformer(replace(model_of().config, dense_twin=True))
     with pytest.raises(ValueError, match="no mixture layers"):
         precision_flips(dense, some_tokens())
-    assert math.isnan(flip_rate(record_of(np.zeros((0, 1))), record_of(np.zeros((0, 1)))).values[0, 0])
+    assert math.isnan(flip_rate(records.of([np.zeros((0, 1))], 4), records.of([np.zeros((0, 1))], 4)).values[0, 0])
