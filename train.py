@@ -6,7 +6,8 @@ Without a configuration this trains ``configs/toy.yaml``. A stopped run goes on 
 import sys
 from pathlib import Path
 
+from moe.study.recording import record_sample
 from moe.training.command import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], default_config=Path(__file__).parent / "configs" / "toy.yaml"))
+    sys.exit(main(sys.argv[1:], default_config=Path(__file__).parent / "configs" / "toy.yaml", recorder=record_sample))

@@ -912,6 +912,8 @@ class TrainingConfig:
     """steps between validations; there is always one at the end"""
     checkpoint_every: int = 250
     """steps between checkpoints; there is always one at the end"""
+    record_every: int | None = None
+    """steps between routing records of a small sample of held-out text, for the study; null: none"""
     keep_checkpoints: int = 2
     """checkpoints kept, the newest"""
     log_every: int = 10
@@ -923,7 +925,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "batch_size", "accumulation", "evaluate_every", "checkpoint_every")
-        _at_least(self, 1, "keep_checkpoints", "log_every")
+        _at_least(self, 1, "keep_checkpoints", "log_every", "record_every")
         _at_least(self, 0, "seed")
         require(
             self.batch_size % self.accumulation == 0,

@@ -17,7 +17,7 @@ from moe.errors import UserError
 from moe.parallel.world import World, join_world, leave_world, local_rank
 from moe.training import checkpoint
 from moe.training.console import Console
-from moe.training.loop import Training, require_divisible
+from moe.training.loop import Recorder, Training, require_divisible
 from moe.training.machine import choose_device, choose_precision, keep_freed_memory
 from moe.training.report import write_report
 from moe.training.run_folder import RunFolder
@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "training.evaluate_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.record_every",
     "training.log_every",
     "training.tensorboard",
     "training.device",
@@ -44,8 +45,11 @@ MAY_CHANGE = (
 """What may be set anew on resuming; anything else would make it another run."""
 
 
-def main(arguments: Sequence[str], default_config: Path) -> int:
-    """Run the command and return its exit status: 0 done, 2 a mistake of the user's, 130 stopped by a signal."""
+def main(arguments: Sequence[str], default_config: Path, recorder: Recorder | None = None) -> int:
+    """Run the command and return its exit status: 0 done, 2 a mistake of the user's, 130 stopped by a signal.
+
+    ``recorder`` is what writes routing records.
+    """
     try:
         line = config_file.parse_flags(arguments, FLAGS)
         if "--help" in line.options:
@@ -57,9 +61,9 @@ def main(arguments: Sequence[str], default_config: Path) -> int:
             raise UserError(f"--resume takes its configuration from the run; leave out {line.positional[0]}")
         keep_freed_memory()
         if "--resume" in line.options:
-            return _resume(Path(line.options["--resume"]), line.overrides)
+            return _resume(Path(line.options["--resume"]), line.overrides, recorder)
         path = Path(line.positional[0]) if line.positional else default_config
-        return _start(config_file.load(path, line.overrides), path)
+        return _start(config_file.load(path, line.overrides), path, recorder)
     except (UserError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -70,7 +74,7 @@ def main(arguments: Sequence[str], default_config: Path) -> int:
         leave_world()
 
 
-def _start(config: Config, path: Path) -> int:
+def _start(config: Config, path: Path, recorder: Recorder | None) -> int:
     """Prepare the corpus, make the run folder and train from the first step."""
     device, world = _join(config)
     require_divisible(config.training, world.size)
@@ -89,14 +93,14 @@ def _start(config: Config, path: Path) -> int:
         run_folder = _all_or_none(world, lambda: RunFolder.create(config, path.stem, corpus, world))
         training = None
         try:
-            training = Training(config, corpus, run_folder, device, world, console)
+            training = Training(config, corpus, run_folder, device, world, console, recorder=recorder)
             return _train(training, console)
         finally:
             if world.is_first and (training is None or training.progress.step == 0):
                 run_folder.discard()
 
 
-def _resume(path: Path, overrides: Mapping[str, str]) -> int:
+def _resume(path: Path, overrides: Mapping[str, str], recorder: Recorder | None) -> int:
     """Go on with a run from its newest sound checkpoint."""
     for key in overrides:
         if key not in MAY_CHANGE:
@@ -116,7 +120,7 @@ def _resume(path: Path, overrides: Mapping[str, str]) -> int:
         console.say(f"resuming {path} after step {newest.step}")
         if "training.steps" in overrides and config.training.schedule.shape != "constant":
             console.say("the learning rate goes on as in a run of the new length, so it may jump here")
-        return _train(Training(config, corpus, run_folder, device, world, console, newest), console)
+        return _train(Training(config, corpus, run_folder, device, world, console, newest, recorder), console)
 
 
 def _train(training: Training, console: Console) -> int:

@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moe.config import Config, TrainingConfig
+from moe.config import Config, Precision, TrainingConfig
 from moe.data.batches import Batches
 from moe.data.prepare import PreparedCorpus
 from moe.errors import UserError
@@ -37,6 +39,25 @@ from moe.training.schedule import learning_rate
 
 BAD_STEPS_IN_A_ROW = 10
 """So many losses or gradients in a row that are not finite end the run."""
+
+
+class Recorder(Protocol):
+    """Writes a routing record of a small sample without leaving a trace (:func:`moe.study.recording.record_sample`).
+
+    The study stands above training and imports from it, so training is handed one.
+    """
+
+    def __call__(
+        self,
+        model: Transformer,
+        corpus: PreparedCorpus,
+        records: Path,
+        step: int,
+        *,
+        sequence_length: int,
+        precision: Precision,
+    ) -> object:
+        """Write the record of ``step`` below ``records``."""
 
 
 @dataclass
@@ -97,8 +118,11 @@ class Training:
         world: World,
         console: Console,
         resume: Checkpoint | None = None,
+        recorder: "Recorder | None" = None,
     ) -> None:
         """``config`` is resolved: a vocabulary size, and a precision other than auto.
+
+        ``recorder`` writes the routing records that ``training.record_every`` asks for; without one there are none.
 
         Raises UserError where the batch cannot be divided among the ranks, or ``resume`` does not fit the model.
         """
@@ -129,6 +153,7 @@ class Training:
             self.progress = Progress(**resume.progress)
             # Where the loss is new to a resumed run, it starts as in a fresh one.
             self.progress.sparsity_coefficient = self.progress.sparsity_coefficient or config.model.balance.sparsity
+        self.recorder = recorder
         self.resumed = resume is not None
         self.saved_step = self.progress.step if self.resumed else -1
         self.validation: Validation | None = None
@@ -157,6 +182,7 @@ class Training:
                     with self.console.pause():
                         if self._validation_is_due():
                             self._validate(log, signal)
+                        self._record_if_due()
                         stop = self._on_any_rank(signal.received is not None)
                         finished = self.progress.step >= settings.steps
                         # Weights that give no finite loss are kept from replacing a checkpoint that may be better.
@@ -311,6 +337,20 @@ class Training:
                 | load_values(self.config.model.moe_layers, validation.load, validation.mlps_per_token),
             )
         self.console.say(f"validation: {pooled.bits_per_byte:.4f} bits per byte")
+
+    def _record_if_due(self) -> None:
+        """Record the sample every so many steps, the first and the last among them; the first rank does."""
+        every, step = self.config.training.record_every, self.progress.step
+        due = every is not None and (step % every == 0 or step >= self.config.training.steps)
+        if self.recorder is not None and due and self.world.is_first and self.config.model.moe_layers:
+            self.recorder(
+                self.model,
+                self.corpus,
+                self.run_folder.records_path,
+                step,
+                sequence_length=self.config.data.sequence_length,
+                precision=self.precision,
+            )
 
     def _count_and_log(self, step: Step, seconds: float, log: MetricsLog | None) -> None:
         progress, settings = self.progress, self.config.training

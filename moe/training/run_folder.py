@@ -1,7 +1,8 @@
 """A run is a folder: everything that resuming, generating, studying or exporting needs, and nothing outside it.
 
 ``runs/NAME/`` holds ``config.yaml`` (every setting as it was used), ``tokenizer.json``, ``corpus.json`` (the manifest
-of the corpus), ``metrics.jsonl``, ``checkpoints/``, and at the end ``summary.json`` and ``report.txt``.
+of the corpus), ``metrics.jsonl``, ``checkpoints/``, ``records/`` (routing records of a sample), and at the end
+``summary.json`` and ``report.txt``.
 """
 
 import hashlib
@@ -44,6 +45,10 @@ class RunFolder:
     @property
     def metrics_path(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def records_path(self) -> Path:
+        return self.path / "records"
 
     @property
     def checkpoints_path(self) -> Path:

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from moe.errors import UserError
 from moe.model.router import Router
 from moe.model.routing import Routing
 from moe.parallel.world import World, join_world, leave_world
+from moe.study.recording import record_sample
+from moe.study.storage import read_record
 from moe.training import checkpoint, loop
 from moe.training.console import Console
 from moe.training.evaluate import validate
@@ -677,3 +680,34 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(begin: Begin, monkeypatc
 
     with pytest.raises(UserError, match=r"training.batch_size: 8 sequences cannot be divided among 3 ranks"):
         begin()
+
+
+# ------------------------------------------------------------------------------------------------------ routing records
+
+
+def test_records_are_written_at_the_first_step_every_few_and_the_last(begin: Begin) -> None:
+    training = begin("run", {"training.record_every": 5})
+    written: list[int] = []
+    training.recorder = lambda model, corpus, records, step, **settings: written.append(step)
+
+    training.run()
+
+    assert written == [0, 5, 10, 12]
+
+
+def test_recording_leaves_training_as_it_is(begin: Begin) -> None:
+    """To the bit, dropout and noise included; the records are what a straight look at the model gives."""
+    plain = begin("plain", {"model.dropout": 0.1, "model.router.jitter": 0.1})
+    recorded = begin("recorded", {"model.dropout": 0.1, "model.router.jitter": 0.1, "training.record_every": 4})
+    recorded.recorder = partial(record_sample, tokens=64)
+
+    plain.run()
+    recorded.run()
+
+    assert rows(recorded) == rows(plain)
+    assert all(torch.equal(value, weights(plain)[name]) for name, value in weights(recorded).items())
+    folders = sorted(path.name for path in recorded.run_folder.records_path.iterdir())
+    assert folders == ["step-00000000", "step-00000004", "step-00000008", "step-00000012"]
+    last = read_record(recorded.run_folder.records_path / folders[-1])
+    assert last.step == 12
+    assert last.n_tokens > 0
