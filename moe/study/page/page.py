@@ -312,6 +312,8 @@ def _load(page: _Page, final: Record, over_training: Sequence[Record]) -> str:
     ]
     records = same or [final]
     measurement = load_over(records)
+    if not np.isfinite(measurement.values).any():
+        return missing("the record has no routed tokens", "Load")
     figure = draw_bars_by_layer(load(records[-1]))
     top = float(np.nanmax(measurement.values))
     figure.update_yaxes(range=[0, 1.05 * top])
