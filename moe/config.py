@@ -358,18 +358,9 @@ class RouterConfig:
         self._require_a_gradient_that_fits()
 
     def _require_that_every_key_acts(self) -> None:
-        owners: dict[str, tuple[str, tuple[str, ...]]] = {
-            "projection_width": ("projection", ("cosine", "two_layer")),
-            "temperature": ("projection", ("cosine",)),
-            "n_groups": ("selection", ("group_limited",)),
-            "top_groups": ("selection", ("group_limited",)),
-            "threshold": ("selection", ("top_p",)),
-            "sampling_margin": ("selection", ("sampled",)),
-            "bias_rate": ("selection_bias", ("sign", "proportional")),
-        }
-        for key, (axis, values) in owners.items():
+        for key, (axis, values) in ACTS_WITH.items():
             require(
-                getattr(self, key) is None or getattr(self, axis) in values,
+                _is_default(self, key) or getattr(self, axis) in values,
                 key,
                 f"is set, but acts only with {axis} {' or '.join(values)}, and {axis} is {getattr(self, axis)}",
             )
@@ -379,8 +370,6 @@ class RouterConfig:
             assert self.n_groups is not None
             assert self.top_groups is not None
             require(self.top_groups <= self.n_groups, "top_groups", f"is more than n_groups = {self.n_groups}")
-        else:
-            require(self.group_score == "top_two", "group_score", "is set, but selection is not group_limited")
         if not self.has_logits:
             for key in ("bias", "residual", "jitter", "logit_norm", "projection", "score"):
                 require(
@@ -554,6 +543,18 @@ class RouterConfig:
 _FIXED_NUMBER = ("top_k", "group_limited")
 """selections of the top_k experts of largest preference, each token for itself"""
 
+ACTS_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "projection_width": ("projection", ("cosine", "two_layer")),
+    "temperature": ("projection", ("cosine",)),
+    "n_groups": ("selection", ("group_limited",)),
+    "top_groups": ("selection", ("group_limited",)),
+    "group_score": ("selection", ("group_limited",)),
+    "threshold": ("selection", ("top_p",)),
+    "sampling_margin": ("selection", ("sampled",)),
+    "bias_rate": ("selection_bias", ("sign", "proportional")),
+}
+"""keys of the router that act only where an axis has one of some values"""
+
 _SEVERAL_EXPERTS = ("top_p", "positive", "expert_choice", "all")
 """selections in which top_k 1 does not mean that each token has one weight"""
 
@@ -673,7 +674,7 @@ class ModelConfig:
         if router.n_groups is not None:
             assert router.top_groups is not None
             size, rest = divmod(routed, router.n_groups)
-            require(rest == 0, "router.n_groups", f"is {router.n_groups}, which does not divide {routed} experts")
+            require(rest == 0, "router.n_groups", f"is {router.n_groups}, and must divide the {routed} experts")
             require(
                 router.top_k <= router.top_groups * size,
                 "router.top_groups",

@@ -250,14 +250,15 @@ class _Reading:
         if not isinstance(name, str) or name not in presets.presets():
             return  # none; or no preset, which the check of types will say
         self.preset = name
-        setting = presets.presets()[name].set
+        stronger = set(self.values)
         if PRESET in self.flagged:
-            for key in self._choice_of_the_file() - set(self.flagged):
+            stronger = set(self.flagged)
+            for key in self._choice_of_the_file() - stronger:
                 del self.values[key]
-        for key, value in setting.items():
-            if MODEL + key not in self.values or (PRESET in self.flagged and MODEL + key not in self.flagged):
-                self.values[MODEL + key] = value
-                self.preset_keys.add(MODEL + key)
+        chosen = {key.removeprefix(MODEL): self.values[key] for key in stronger & self.values.keys()}
+        for key, value in presets.settings_under(name, chosen).items():
+            self.values[MODEL + key] = value
+            self.preset_keys.add(MODEL + key)
 
     def _choice_of_the_file(self) -> set[str]:
         """The file's keys that make its router: those of the router but top_k, of special experts and of balance, and

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
-from moe.config import ConfigError, ModelConfig, Preset, learn_presets, shown
+from moe.config import ACTS_WITH, ConfigError, ModelConfig, Preset, learn_presets, shown
 
 Section = TypeVar("Section")
 
@@ -69,15 +69,32 @@ def explain(preset: str, key: str, reason: str, overridden: Collection[str]) -> 
     entry = presets()[preset]
     if key in entry.set and key not in overridden:
         by_definition = ", by definition" if key in entry.defining else ""
-        return f"(from preset {preset}{by_definition}) {reason}"
+        remedy = f"; {preset} means {key} {shown(entry.set[key])}, so change the other or the preset"
+        return f"(from preset {preset}{by_definition}) {reason}{remedy if key in entry.defining else ''}"
     credited = []
     for other, setting in entry.set.items():
-        name, value = other.rpartition(".")[2], shown(setting)
-        # A reason speaks of a setting by its last name: "selection is top_k", "top_k = 2", "noise shazeer".
-        spoken_of = re.search(rf"\b{name} (is |= )?{re.escape(value)}(?!\w)", reason)
+        section, _, name = other.rpartition(".")
+        value = re.escape(shown(setting))
+        # A reason speaks of a setting by its last name ("selection is top_k", "top_k = 2", "noise shazeer"), or by its
+        # section and name; of another section's it speaks by that section.
+        spoken_of = re.search(rf"(?<![.\w])({section}\.)?{name} (is |= )?{value}(?!\w)", reason)
         if spoken_of and other not in overridden:
             credited.append(f"{name} {value}")
     return f"{reason} (from preset {preset}: {', '.join(credited)})" if credited else reason
+
+
+def settings_under(preset: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``preset`` sets beside the values ``chosen``, which win.
+
+    A setting that acts only with an axis that ``chosen`` has turned elsewhere is left out: with plain top_k on top of
+    deepseek_v3 there are no groups to number.
+    """
+    kept = {}
+    for key, value in presets()[preset].set.items():
+        axis, values = ACTS_WITH.get(key.removeprefix("router."), ("", ()))
+        if key not in chosen and (not axis or chosen.get(f"router.{axis}", values[0]) in values):
+            kept[key] = value
+    return kept
 
 
 # ------------------------------------------------------------------------------------------------------- in a notebook
@@ -89,13 +106,13 @@ def model_config(preset: str, **settings: Any) -> ModelConfig:
     Sections are dictionaries: ``model_config("deepseek_v3", d_model=64, experts={"n_experts": 8, "d_ff": 128})``.
     Raises ConfigError for a name that is none, and for settings that cannot be used, with this preset or at all.
     """
-    entry = _entry(preset)
+    _entry(preset)
     chosen, known = _by_dotted_key(settings), list(_keys())
     for key in chosen:
         if key not in known:
             raise ConfigError(key, f"is no setting of a model{_did_you_mean(key, known)}")
     try:
-        return build(ModelConfig, {**entry.set, **chosen, KEY: preset})
+        return build(ModelConfig, {**settings_under(preset, chosen), **chosen, KEY: preset})
     except ConfigError as error:
         raise ConfigError(error.key, explain(preset, error.key, error.reason, chosen)) from None
 

@@ -70,7 +70,7 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("temperature", "projection is two_layer", lambda: RouterConfig(projection="two_layer", temperature=0.5)),
     ("n_groups", "selection is top_k", lambda: RouterConfig(n_groups=4)),
     ("top_groups", "selection is top_k", lambda: RouterConfig(top_groups=4)),
-    ("group_score", "not group_limited", lambda: RouterConfig(group_score="max")),
+    ("group_score", "only with selection group_limited", lambda: RouterConfig(group_score="max")),
     ("threshold", "selection is top_k", lambda: RouterConfig(threshold=0.4)),
     ("sampling_margin", "selection is top_k", lambda: RouterConfig(sampling_margin=0.01)),
     ("bias_rate", "selection_bias is quantile", lambda: RouterConfig(selection_bias="quantile", bias_rate=0.1)),
@@ -127,7 +127,7 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("weights", "nothing would train", lambda: RouterConfig(weights="equal")),
     # ---- the router and the experts
     ("second_choice", "at most 1", lambda: RouterConfig(second_choice=1.5)),
-    ("router.n_groups", "does not divide 16", lambda: model({**GROUPS, "n_groups": 3})),
+    ("router.n_groups", "must divide the 16", lambda: model({**GROUPS, "n_groups": 3})),
     ("router.top_groups", "leaves 8 experts", lambda: model({**GROUPS, "top_k": 9})),
     ("router.group_score", "one expert", lambda: model({**GROUPS, "n_groups": 16})),
     (

@@ -140,8 +140,6 @@ def test_the_name_of_a_preset_is_no_file() -> None:
 @pytest.mark.parametrize(
     ("preset", "override", "inert", "default"),
     [
-        ("deepseek_v3", {"selection": "top_k"}, "n_groups", "null"),
-        ("deepseek_v3", {"selection": "top_k", "n_groups": "null"}, "top_groups", "null"),
         ("gshard", {"capacity.factor": "null"}, "capacity.order", "position"),
     ],
 )

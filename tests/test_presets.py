@@ -221,7 +221,7 @@ def test_the_value_that_the_preset_has_anyway_is_no_contradiction() -> None:
 
 def test_a_conflict_with_a_value_of_the_preset_names_the_preset_and_where_it_was_named() -> None:
     # 8 groups of 12 experts
-    reason = "model.router.n_groups (from preset deepseek_v3) is 8, which does not divide 12 experts"
+    reason = "model.router.n_groups (from preset deepseek_v3) is 8, and must divide the 12 experts"
     twelve = {"model.experts.n_experts": "12"}
     assert refusal("{}", {PRESET: "deepseek_v3"} | twelve) == [f"--model.router.preset deepseek_v3: {reason}"]
     assert refusal(in_file("deepseek_v3"), twelve) == [f"toy.yaml:3: {reason}"]
@@ -287,7 +287,7 @@ def test_settings_beside_a_preset_win_over_it_nested_or_dotted() -> None:
         (
             "deepseek_v3",
             {"experts": {"n_experts": 12}},
-            "router.n_groups: (from preset deepseek_v3) is 8, which does not divide 12 experts",
+            "router.n_groups: (from preset deepseek_v3) is 8, and must divide the 12 experts",
         ),
         ("base", {"router": {"top_k": 2}}, "router.top_k: is 2, but selection base assigns each token to one expert "),
         ("gshard", {"router": {"capacity": {"factor": 0.0}}}, "router.capacity.factor: is 0.0; null makes"),
@@ -358,3 +358,20 @@ def test_the_readme_shows_that_table() -> None:
     shown = re.search(r"<!-- presets -->\n(.*?)\n<!-- /presets -->", (ROOT / "README.md").read_text(), re.DOTALL)
     assert shown is not None
     assert shown[1] == table(), "put what `python -m moe presets` prints between the two comments in README.md"
+
+
+def test_what_an_override_takes_the_ground_from_goes_with_it() -> None:
+    """Plain top_k on top of deepseek_v3 has no groups, and is refused nowhere for them."""
+    router = model_config("deepseek_v3", router={"selection": "top_k"}).router
+    by_flag = parse("{}", overrides={PRESET: "deepseek_v3", "model.router.selection": "top_k"}).model.router
+
+    assert (router.n_groups, router.top_groups, router.selection_bias) == (None, None, "sign")
+    assert by_flag == router
+
+
+def test_credit_goes_to_the_section_that_a_reason_names() -> None:
+    """deepseek_moe sets one shared expert, and is not the reason for one expert."""
+    with pytest.raises(UserError) as refused:
+        parse("{}", overrides={PRESET: "deepseek_moe", "model.experts.n_experts": "1"})
+
+    assert "from preset" not in str(refused.value)

@@ -37,12 +37,13 @@ class Layer:
     @property
     def top_k(self) -> int:
         """K, the places of a token."""
-        return self.selected.shape[1]
+        return int(self.selected.shape[1])
 
     @property
     def assigned(self) -> Bools:
         """[N, K] which places hold an assignment, dropped or not."""
-        return self.selected != EMPTY
+        assigned: Bools = self.selected != EMPTY
+        return assigned
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import moe
 
-SOURCES = sorted(Path(moe.__file__).parent.rglob("*.py"))
+PACKAGE = Path(moe.__file__).parent
+# Published checkpoints are read with transformers itself (an optional extra), and nothing else is.
+SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "study" / "imported.py"})
 
 
 def imported_packages(source: Path) -> set[str]:
