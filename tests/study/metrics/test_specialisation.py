@@ -123,14 +123,14 @@ def test_routing_that_knows_nothing_of_domains_stays_within_the_null(records: An
 
 
 def test_chance_of_the_imbalance_within_a_domain_is_that_of_drawn_routing(records: Any) -> None:
-    # 3 domains of 400 tokens with 2 of 16 experts each: simulated 200 times, and worked out from normal counts.
+    # 3 domains of 400 tokens with 8 of 16 experts each: simulated 200 times, and worked out from normal counts.
     generator = np.random.default_rng(0)
     domain = np.arange(1200) % 3
     drawn = []
     for _ in range(200):
-        counts = np.bincount(random_places(generator, 400, 16, 2).ravel(), minlength=16)
-        drawn.append(counts.max() / 50 - 1)
-    record = records.of([random_places(generator, 1200, 16, 2)], 16, domain=domain)
+        counts = np.bincount(random_places(generator, 400, 16, 8).ravel(), minlength=16)
+        drawn.append(counts.max() / 200 - 1)
+    record = records.of([random_places(generator, 1200, 16, 8)], 16, domain=domain)
 
     measured = domain_max_violation(record)
 

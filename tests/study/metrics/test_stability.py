@@ -252,6 +252,21 @@ def test_a_router_in_bfloat16_flips_what_a_plain_matrix_product_says() -> None:
     assert values[1:] == pytest.approx(expected, abs=5e-4)
 
 
+def test_the_input_of_the_router_is_rounded_too() -> None:
+    # Tokens are alike but for a little, to which the router listens, and its weights are bfloat16 from the start.
+    model = model_of(top_k=1, normalise=False)
+    with torch.no_grad():
+        model.embedding.weight.add_(16)
+        for router in (module for module in model.modules() if isinstance(module, Router)):
+            router.weight.sub_(router.weight.mean(dim=1, keepdim=True))
+            router.weight.copy_(router.weight.bfloat16())
+
+    _, by_router, by_logits = precision_flips(model, some_tokens()).values[0, :, 1]
+
+    assert by_router > 3 * by_logits
+    assert by_router > 0.003
+
+
 def first(logits: torch.Tensor) -> torch.Tensor:
     return logits.topk(1, dim=-1).indices
 
