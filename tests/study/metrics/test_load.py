@@ -336,8 +336,9 @@ def test_drop_rate_refuses_what_it_does_not_know(records: Any) -> None:
 
 
 def test_neighbours_are_of_one_sequence_and_of_consecutive_positions(records: Any) -> None:
-    # Sequence 0: experts 0 0 1 | 1 (a position is missing), sequence 1: 1 1. Of its neighbours 00, 01, 11 two agree.
-    record = records.of([[[0], [0], [1], [1], [1], [1]]], sequence=[0, 0, 0, 0, 1, 1], position=[0, 1, 2, 9, 0, 1])
+    # Sequence 0: experts 0 0 1 | 1 (a position is missing), sequence 1 goes on at the next position: 1 1. Of the
+    # neighbours 00, 01, 11 two agree.
+    record = records.of([[[0], [0], [1], [1], [1], [1]]], sequence=[0, 0, 0, 0, 1, 1], position=[0, 1, 2, 9, 10, 11])
 
     assert consecutive_repetition(record).values == pytest.approx([2 / 3])
 
