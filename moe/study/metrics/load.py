@@ -110,6 +110,7 @@ def max_violation(record: Record, over: Over = "all", batch_sequences: int = 16)
         values.append(violations.mean() if some.any() else np.nan)
         expected = _chance_max_violation(random_counts(layer, group, n_groups), layer.n_experts)[some]
         chance.append(expected.mean() if some.any() else np.nan)
+    pure = "; where the record goes domain by domain so do its batches, unlike those of training"
     where = {
         "all": "over all tokens",
         "batch": f"in batches of {batch_sequences} sequences, on average",
@@ -119,7 +120,8 @@ def max_violation(record: Record, over: Over = "all", batch_sequences: int = 16)
         "max_violation",
         f"Imbalance (MaxVio) {where}",
         f"How far the busiest expert is above its fair share {where}: 0 is perfect balance and 1 is twice its share, "
-        "and routing at random gives the chance value, since few tokens never balance.",
+        "and routing at random gives the chance value, since few tokens never balance"
+        f"{pure if over == 'batch' else ''}.",
         np.array(values),
         (layer_axis(record),),
         chance=np.array(chance),

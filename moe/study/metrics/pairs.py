@@ -52,8 +52,8 @@ def co_activation(record: Record) -> Measurement:
     return Measurement(
         "co_activation",
         "Experts chosen together",
-        "Of the tokens of one expert (row), the share that also goes to another (column): at chance the router pairs "
-        "without preference, and a column that is bright as a whole is an expert used often, as the null shows.",
+        "Of the tokens of one expert (row), the share that also goes to another (column): above chance the "
+        "two go together, but a column above it as a whole is only an expert that is used often, as the null shows.",
         values,
         (layer_axis(record), expert_axis(record), expert_axis(record, "other")),
         "share",
