@@ -409,7 +409,7 @@ def _draw_lines(figure: "go.Figure", panel: Panel, *, row: int, col: int, first:
                 go.Scatter(
                     x=x,
                     y=values,
-                    name=kind,
+                    name=name,
                     legendgroup=kind,
                     showlegend=False,
                     mode="lines",

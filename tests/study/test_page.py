@@ -210,7 +210,7 @@ def test_packed_tokens_by_hand(records):
     (layer,) = packed["layers"]
     assert numbers(layer["experts"]).tolist() == [7, layer["empty"], 0, 299, 3, 4]
     weights = (numbers(layer["weights"]).astype(int) - layer["weight_zero"]) * layer["weight_step"]
-    assert weights == pytest.approx([1, 0, 0.75, 0.25, 1, 0], abs=0.005)
+    assert weights == pytest.approx([1, 0, 0.75, 0.25, 1, 0], abs=1e-4)
     assert numbers(layer["dropped"]).tolist() == [0, 0, 0, 0, 0, 1]
 
 
@@ -264,6 +264,15 @@ def test_planted_domains_are_found(records):
     sentences = all_findings(records.planted(3, 2, 1, n_layers=2))
     assert re.search(r"ayer \d sends [abc] to experts \d and \d: 3.\d and [23].\d times their shares", sentences[1])
     assert "no more than chance" not in sentences[2]
+
+
+def test_saturation_is_told_at_a_tenth_of_training(records):
+    # Of two tokens with one of four experts each, the first has its last expert from step 10 on.
+    steps = [
+        records.of([[[first], [second]]], 4, step=step) for first, second, step in ((2, 2, 5), (0, 2, 10), (0, 1, 100))
+    ]
+    told = findings(steps[-1], {"saturation": saturation(steps)})[1]
+    assert told.startswith("At step 10 of 100, 50 % of the experts that tokens had in the end were chosen")
 
 
 def test_half_of_the_experts_dead(records):

@@ -24,6 +24,8 @@ CLEAR = 1.1
 """times chance, where there is no null"""
 DEAD = 0.1
 """times its fair share: an expert that gets less is dead"""
+EARLY = 0.1
+"""share of training at which saturation is told"""
 MOST_EXPERTS = 3
 """named in one sentence"""
 
@@ -192,8 +194,8 @@ def _saturation(measurement: Measurement) -> str | None:
     steps = next((axis.labels for axis in measurement.axes if axis.name == "step"), ())
     if len(steps) < 2:
         return None
-    first = steps[0]
-    values = values_of(measurement, step=first, choice="any") or values_of(measurement, step=first)
+    early = next(step for step in steps if float(step) >= EARLY * float(steps[-1]))
+    values = values_of(measurement, step=early, choice="any") or values_of(measurement, step=early)
     if not values or "layer" not in values[0][0]:
         return None
     mean = float(np.mean([value.value for _, value in values]))
@@ -201,7 +203,7 @@ def _saturation(measurement: Measurement) -> str | None:
     held = Value(mean, reference, math.nan, measurement.null is not None)
     named, slowest = min(values, key=lambda pair: pair[1].ratio)
     return (
-        f"At step {first}, {_percent(mean)} of the experts that tokens had in the end were already chosen "
+        f"At step {early} of {steps[-1]}, {_percent(mean)} of the experts that tokens had in the end were chosen "
         f"{held.held_against(_percent)}; least in layer {named['layer']}, {_percent(slowest.value)}."
     )
 

@@ -237,7 +237,7 @@
           expert.append(chip, String(found.expert));
           weight.append(found.dropped ? "dropped" : found.weight.toFixed(2));
           const bar = element("span", undefined, "bar");
-          bar.style.width = `${Math.min(1, Math.abs(found.weight) / (layer.weight_step * 127)) * 4}em`;
+          bar.style.width = `${Math.min(1, Math.abs(found.weight) / (layer.weight_step * layer.weight_zero)) * 4}em`;
           if (!found.dropped) weight.append(bar);
         }
       const outlined = spans.filter((span) => span.classList.contains("same")).length;

@@ -14,6 +14,8 @@ PACKED_BYTES = 1_500_000
 """with more layers and places there are fewer tokens of each domain, so that the page stays small"""
 LOSS_STEP = 1e-3
 """nats; losses are whole numbers of it"""
+WEIGHT_STEPS = 32_767
+"""from 0 to the largest weight of a layer"""
 
 
 def packed_tokens(record: Record, tokens_per_domain: int = TOKENS_PER_DOMAIN) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def packed_tokens(record: Record, tokens_per_domain: int = TOKENS_PER_DOMAIN) ->
 
 
 def _rows_of_domains(record: Record, tokens_per_domain: int) -> list[Array]:
-    per_token = 4 + sum(3 * layer.top_k for layer in record.layers)
+    per_token = 4 + sum(4 * layer.top_k for layer in record.layers)
     room = int(PACKED_BYTES * 0.75 / per_token / max(len(record.domains), 1))
     n_tokens = min(tokens_per_domain, max(room, FEWEST_TOKENS))
     return [np.flatnonzero(record.domain == index)[:n_tokens] for index in range(len(record.domains))]
@@ -58,9 +60,9 @@ def _packed_layer(layer: Layer, rows: Array) -> dict[str, Any]:
         "top_k": layer.top_k,
         "experts": _packed(np.where(assigned, layer.selected[rows], empty), empty + 1),
         "empty": empty,
-        "weights": _packed(np.round(weights / largest * 127) + 128, 256),
-        "weight_step": largest / 127,
-        "weight_zero": 128,
+        "weights": _packed(np.round(weights / largest * WEIGHT_STEPS) + WEIGHT_STEPS, 2 * WEIGHT_STEPS + 1),
+        "weight_step": largest / WEIGHT_STEPS,
+        "weight_zero": WEIGHT_STEPS,
         "dropped": _packed(layer.dropped[rows] & assigned, 2) if bool(layer.dropped[rows].any()) else None,
     }
 
