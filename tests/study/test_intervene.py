@@ -17,6 +17,7 @@ from moe.model.routing import Routing
 from moe.model.transformer import Transformer
 from moe.presets import model_config, presets
 from moe.study.intervene import (
+    _filled,
     change_k,
     edit_routing,
     force,
@@ -269,6 +270,40 @@ def test_rerouting_within_groups_follows_the_rule_of_groups() -> None:
         pass
 
 
+def test_with_a_capacity_who_is_knocked_out_drops_nobody_and_rerouting_drops_anew() -> None:
+    # ceil(0.5 · 24 / 8) = 2 places an expert.
+    model = small("switch", router={"capacity": {"factor": 0.5, "in_evaluation": True}})
+    before = outputs(model)[1][0]
+    busiest = int(before.counts().argmax())
+    overflow = int(before.counts()[busiest]) - 2
+    assert overflow > 0
+    with knock_out(model, layer=0, experts=busiest):
+        knocked_out = outputs(model)[1][0]
+    assert knocked_out.dropped_count() == before.dropped_count() - overflow
+    # Nor does a record call the empty place a dropped one.
+    assert knocked_out.dropped is not None
+    assert not knocked_out.dropped[knocked_out.selected == busiest].any()
+    with knock_out(model, layer=0, experts=busiest, reroute=True):
+        rerouted = outputs(model)[1][0]
+    assert rerouted.dropped_count() == (rerouted.counts() - 2).clamp(min=0).sum()
+    assert rerouted.counts().sum() == TOKENS.numel()
+
+
+def test_rerouting_hears_the_selection_bias() -> None:
+    model = small("loss_free", router={"top_k": 2})
+    router = mixture_layers(model)[0].router
+    assert router.selection_bias is not None
+    router.selection_bias[6] = 100.0
+    with knock_out(model, {0: [1]}, reroute=True):
+        assert outputs(model)[1][0].counts()[6] == TOKENS.numel()
+
+
+def test_rerouting_comes_before_what_changes_decisions_wherever_it_is_entered() -> None:
+    model = small()
+    with force(model, 0, 5), knock_out(model, {0: [1]}, reroute=True):
+        assert rows(outputs(model)[1][0]) == [{5}] * TOKENS.numel()
+
+
 def test_two_bans_are_one() -> None:
     model = small()
     with knock_out(model, {0: [1, 4]}, reroute=True):
@@ -435,6 +470,20 @@ def test_a_record_of_some_tokens_is_replayed_and_the_router_decides_for_the_rest
         assert new == (recorded if keep[index] else old)
 
 
+def test_replay_leaves_what_came_before_to_tokens_that_it_does_not_know() -> None:
+    model = small()
+    keep = np.arange(TOKENS.numel()) != 3
+    recorded = record_of(outputs(model)[1][:1], (0,), keep)
+    with force(model, 0, [7, 2], weights="equal"), replay(model, recorded):
+        routing = outputs(model)[1][0]
+    assert routing.selected[3].tolist() == [7, 2]
+    torch.testing.assert_close(routing.weights[3], torch.full((2,), 0.5, dtype=torch.float64))
+
+
+def test_empty_places_are_filled_with_experts_that_the_token_does_not_have() -> None:
+    assert _filled(torch.tensor([[2, -1, 0, -1], [-1, -1, 1, 0]]), 5).tolist() == [[2, 1, 0, 3], [2, 3, 1, 0]]
+
+
 def test_frozen_weights_are_the_recorded_ones_and_others_the_current_scores() -> None:
     model = small()
     _, recorded = outputs(small("random"))
@@ -594,6 +643,17 @@ def test_no_noise_changes_nothing_and_noise_is_what_its_seed_says() -> None:
     assert weight is not None
     moves = (routings[0].logits - before[0].logits) / weight.detach().norm(dim=1)
     assert 0.15 < float(moves.square().mean()) < 0.35
+
+
+def test_noise_differs_between_layers_and_between_places() -> None:
+    # Two routers with the same matrix read nothing but the noise; one token id at 24 positions.
+    model = small()
+    routers = [layer.router for layer in mixture_layers(model).values()]
+    routers[1].load_state_dict(routers[0].state_dict())
+    zeros, ids = torch.zeros(24, 16, dtype=torch.float64), torch.zeros(24, dtype=torch.int64)
+    with noise(model, 1.0):
+        one, other = (router(zeros, token_ids=ids, positions=torch.arange(24)).logits for router in routers)
+    assert len({*one[:, 0].tolist(), *other[:, 0].tolist()}) == 48
 
 
 def test_noise_is_on_the_routers_input_alone() -> None:
