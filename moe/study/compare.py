@@ -525,6 +525,11 @@ def _t_quantile(degrees: int) -> float:
     return float(_scipy("stats").t.ppf((1 + CONFIDENCE) / 2, degrees))
 
 
+def require_scipy() -> None:
+    """Raise UserError where scipy is missing, before work is done that needs it."""
+    _scipy("optimize")
+
+
 def _scipy(room: str) -> Any:
     try:
         return import_module(f"scipy.{room}")
