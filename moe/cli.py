@@ -146,6 +146,13 @@ def check_router_command(arguments: Sequence[str]) -> int:
     return 1 if false else 0
 
 
+def study_command(arguments: Sequence[str]) -> int:
+    """``python -m moe study RUN [RUN ...]`` (:mod:`moe.study.command`)."""
+    from moe.study.command import study_command as study  # pyarrow and the metrics, which other commands need not load
+
+    return study(arguments)
+
+
 def presets_command(arguments: Sequence[str]) -> int:
     """``python -m moe presets``: every preset, where it comes from and what it does."""
     line = config_file.parse_flags(arguments, PRESETS_FLAGS)
@@ -176,6 +183,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "generate": (generate_command, "continue a text with the model of a run"),
     "check-router": (check_router_command, "does a router see later tokens, or other sequences?"),
     "presets": (presets_command, "the published routers that a name stands for"),
+    "study": (study_command, "where do tokens go, and why? a page, numbers and findings"),
 }
 
 
