@@ -18,15 +18,22 @@ ACCEPTED = [(1, False), (2, False), (4, False), (2, True), (4, True)]
 """every (top_k, normalise) that the configuration accepts, for k of 1, 2 and 4"""
 
 
-def route_by_hand(logits: Tensor, top_k: int, normalise: bool, scale: float) -> tuple[list[list[int]], Tensor]:
+def route_by_hand(
+    logits: Tensor, top_k: int, normalise: bool, scale: float, score: str = "softmax"
+) -> tuple[list[list[int]], Tensor]:
     """The selected experts and the weights of each token, in plain Python."""
     selected, weights = [], []
     for row in logits.tolist():
-        probability = [math.exp(z) / sum(math.exp(other) for other in row) for z in row]
-        best = sorted(range(len(row)), key=lambda expert: -probability[expert])[:top_k]
-        total = sum(probability[expert] for expert in best) if normalise else 1.0
+        if score == "softmax":
+            scores = [math.exp(z) / sum(math.exp(other) for other in row) for z in row]
+        elif score == "sigmoid":
+            scores = [1 / (1 + math.exp(-z)) for z in row]
+        else:
+            scores = [math.sqrt(math.log1p(math.exp(z))) for z in row]
+        best = sorted(range(len(row)), key=lambda expert: -scores[expert])[:top_k]
+        total = sum(scores[expert] for expert in best) if normalise else 1.0
         selected.append(best)
-        weights.append([scale * probability[expert] / total for expert in best])
+        weights.append([scale * scores[expert] / total for expert in best])
     return selected, torch.tensor(weights, dtype=torch.float64)
 
 
@@ -77,15 +84,16 @@ def test_a_token_on_paper(settings: dict[str, object], expected: list[float]) ->
 
 @pytest.mark.parametrize(("top_k", "normalise"), ACCEPTED)
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_selection_and_weights_equal_a_plain_reference(top_k: int, normalise: bool, scale: float) -> None:
-    routed = router(top_k=top_k, normalise=normalise, scale=scale)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_selection_and_weights_equal_a_plain_reference(top_k: int, normalise: bool, scale: float, score: str) -> None:
+    routed = router(top_k=top_k, normalise=normalise, scale=scale, score=score)
     x = tokens(50)
 
     routing = routed(x)
-    selected, weights = route_by_hand(x @ routed.weight.T, top_k, normalise, scale)
+    selected, weights = route_by_hand(x @ routed.weight.T, top_k, normalise, scale, score)
 
     assert routing.selected.tolist() == selected
-    torch.testing.assert_close(routing.weights, weights)
+    torch.testing.assert_close(routing.weights, weights, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("top_k", [2, 4])
