@@ -264,8 +264,9 @@ def _study_several(studies: Sequence[Study], arms: Sequence[Sequence[int]], opti
     for number, arm in enumerate(runs):
         if len(arm) > 1:
             spreads = over_seeds(arm)
-            names = ", ".join(studies[place].name for place in arms[number])
-            texts.append(f"mean ± half of the 95 % interval over {len(arm)} seeds ({names})")
+            its = [studies[place] for place in arms[number]]
+            names = ", ".join(study.name for study in its)
+            texts.append(f"mean ± half of the 95 % interval over {len(arm)} seeds ({names}){_note(its)}")
             texts.append(table_text(_spread_rows(spreads, blocks), blocks))
             written[f"seeds {number + 1}"] = {_key(spread): spread_as_json(spread) for spread in spreads}
     if len(arms) == 2 and len(runs[0]) > 1:
@@ -281,6 +282,15 @@ def _study_several(studies: Sequence[Study], arms: Sequence[Sequence[int]], opti
     _write_figures(pictures, options, studies[0].say)
     _say("\n\n".join(texts))
     _say(f"\nall numbers: {path}")
+
+
+def _note(studies: Sequence[Study]) -> str:
+    """What to know of seeds whose records are of different tokens."""
+    try:
+        require_same_tokens([study.final for study in studies])
+    except UserError:
+        return "; their held-out text differs, and the interval holds that too"
+    return ""
 
 
 def _of_records(study: Study) -> dict[str, Measurement]:

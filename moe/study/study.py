@@ -57,7 +57,7 @@ def on_stderr(line: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------- study
 
 
-@dataclass
+@dataclass(repr=False)
 class Study:
     """The records of one model and, where there is a run, the way back to its weights and its text."""
 
@@ -82,6 +82,13 @@ class Study:
     """the loss with other numbers of experts; None until :meth:`ablate`"""
     say: Say = on_stderr
     """takes a line about what is being done"""
+
+    def __repr__(self) -> str:
+        step = "" if self.final.step is None else f", step {self.final.step}"
+        return (
+            f"<Study of {self.name or 'a record'}{step}: {self.final.n_tokens} tokens, "
+            f"{len(self.final.layers)} mixture layers, {len(self.over_training)} records of training>"
+        )
 
     # ------------------------------------------------------------------------------------------- the run behind it
 
