@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from moe.study.compare import (
     paired_differences,
     require_same_tokens,
     require_scipy,
+    side_by_side,
 )
 from moe.study.imported import import_record
 from moe.study.measurement import Array, Measurement
@@ -246,6 +248,10 @@ def _study_several(studies: Sequence[Study], arms: Sequence[Sequence[int]], opti
         text, parts = _comparison(comparison, measured)
         texts.append(text)
         pictures |= {name: part for name, part in parts.items() if isinstance(part, Measurement)}
+        for name in measured[0].keys() & measured[1].keys():
+            # Where axes differ, there are only the numbers.
+            with suppress(ValueError):
+                pictures[name] = side_by_side([its[name] for its in measured], comparison.names)
         written |= {
             "matching": dict(
                 zip(comparison.matching.blocks, map(np.ndarray.tolist, comparison.matching.partners), strict=True)
@@ -310,12 +316,12 @@ def _comparison(
         f"  {label:12} {value:+.4f} ± {half:.4f}{'' if abs(value) > half else '  (no difference seen)'}"
         for label, value, half in zip(loss.mean.axes[0].labels, loss.mean.values, loss.half_width, strict=True)
     ]
-    side_by_side: list[Row] = []
+    lines: list[Row] = []
     both = comparison.one.blocks
     of_one, of_other = (_rows(its, both) for its in measured)
     for row in of_one:
-        side_by_side.append(row)
-        side_by_side += [its._replace(name=f"  {other}") for its in of_other if its.name == row.name]
+        lines.append(row)
+        lines += [its._replace(name=f"  {other}") for its in of_other if its.name == row.name]
     text = "\n".join(
         [
             f"{one} and {other}: experts matched by the tokens that they get\n",
@@ -323,7 +329,7 @@ def _comparison(
             f"\nloss of {other} less that of {one}, nats a token, 95 % interval over sequences",
             *losses,
             f"\nside by side: {one}, and below it {other}, with matched experts\n",
-            table_text(side_by_side, both),
+            table_text(lines, both),
         ]
     )
     return text, {"agreement": agreement, "partner_overlap": overlap, "loss_difference": loss}

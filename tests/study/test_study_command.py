@@ -195,6 +195,15 @@ def test_two_runs_are_compared_expert_by_expert(runs: Path, study: Command) -> N
     np.testing.assert_allclose(loads[1, 0], counts[expected.of(0)] / counts.sum())
 
 
+def test_a_comparison_has_pictures_of_both_side_by_side(
+    runs: Path, study: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr("moe.study.command.save_all", lambda figures: drawn.extend(path.name for path in figures))
+    study(runs / "zero", runs / "one", "--figures", tmp_path)
+    assert {"agreement.svg", "partner_overlap.svg", "load.svg", "load_entropy.svg"} <= set(drawn)
+
+
 def test_two_checkpoints_of_one_run_are_compared(runs: Path, study: Command) -> None:
     folder = runs / "zero" / "checkpoints"
     output, _ = study(folder / "step-00000002", folder / "step-00000004")
