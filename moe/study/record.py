@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 EMPTY = -1
-"""in ``selected``: a place that holds no assignment, where the number of experts varies, or an expert was knocked out"""
+"""in ``selected``: a place that holds no assignment (their number varies, or an expert was knocked out)"""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ training does between two steps.
 """
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -172,7 +172,7 @@ class Router(nn.Module):
             return routing
         return routing.dropping(beyond_capacity(routing, self.config.top_k, capacity))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Move the router; the selection bias changes its device but never its dtype.
 
         In bfloat16 0.5 + 0.001 is 0.5, and the bias would stop. Memory fresh from the meta device is zeroed: a bias,

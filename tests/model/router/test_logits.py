@@ -192,7 +192,7 @@ def test_learned_noise_has_the_deviation_that_it_reports() -> None:
     assert routing.noise is not None
     assert routing.noise.std.unique().tolist() == pytest.approx([math.log(2)])
     assert (routing.logits - routing.noise.clean_logits).std().item() == pytest.approx(math.log(2), rel=0.01)
-    assert noise_std(torch.tensor([-50.0])).item() > 0
+    assert noise_std(torch.tensor([[-50.0]])).item() > 0
 
 
 def test_a_router_of_learned_noise_starts_by_spreading_the_tokens_evenly() -> None:

@@ -100,7 +100,7 @@ def test_every_expert_teaches_the_router_by_its_own_output(normalise: bool, top_
 
     for token in range(7):
         outputs = [layer.experts.one(expert, x[0, token : token + 1])[0] for expert in range(4)]
-        a = [float(output @ upstream[0, token]) for output in outputs]
+        a = [float((output @ upstream[0, token]).detach()) for output in outputs]
         p = routing.scores[token].tolist()
         chosen = routing.selected[token].tolist()
         total = sum(p[expert] for expert in chosen)
