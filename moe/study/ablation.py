@@ -1,6 +1,6 @@
 """What the experts are worth: the loss without each of them, by domain, and the loss as k goes from 1 to E.
 
-    batches = held_out_windows(corpus, sequence_length=256)
+    batches = list(held_out_windows(corpus, sequence_length=256, tokens=8192))
     delta_loss(model, batches, corpus.domains)
 
 Losses are in whatever precision autocast says around the call; differences are small, so float32 is the one to use.
@@ -17,26 +17,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.data.batches import Batch
-from moe.data.prepare import PreparedCorpus
 from moe.model.routing import Routing
 from moe.model.transformer import Transformer
 from moe.study.intervene import change_k, knock_out, largest_k, mixture_layers, random_routing
 from moe.study.measurement import Axis, Measurement
-from moe.study.recording import SAMPLE_TOKENS, _windows
 from moe.training.head_loss import token_losses
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Progress = Callable[[int, int], object]
 """called with what is done and what there is to do"""
-
-
-def held_out_windows(corpus: PreparedCorpus, *, sequence_length: int, tokens: int = SAMPLE_TOKENS) -> list[Batch]:
-    """About so many tokens of held-out text, as many from each domain, in windows spread evenly over it.
-
-    The same windows as those of a record of so many tokens.
-    """
-    return list(_windows(corpus, sequence_length, tokens))
 
 
 def delta_loss(

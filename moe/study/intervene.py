@@ -144,13 +144,13 @@ class _Ban:
     def __call__(self, call: _Call, routing: Routing) -> Routing:
         remaining = _remaining(call.router)
         scores, choice = _choose_among(call, routing, torch.tensor(remaining, device=routing.selected.device))
-        weights, assigned = call.router._weights(scores, choice)
+        weights, assigned = call.router.weigh(scores, choice)
         if routing.mask is not None:
             weights = weights.masked_fill(~routing.mask[:, None], 0.0)
         chosen = replace(
             routing, scores=scores, selected=choice.selected, weights=weights, assigned=assigned, dropped=None
         )
-        return call.router._within_capacity(chosen)
+        return call.router.within_capacity(chosen)
 
 
 def _choose_among(call: _Call, routing: Routing, kept: Int[Tensor, " n"]) -> tuple[Float[Tensor, "T E"], Choice]:
@@ -610,7 +610,7 @@ def _weigh(
     # Which second choices are kept is decided already; those that were not had their part of the sum nonetheless.
     decided = copy(router)
     decided.config = _unchecked(router.config, second_choice=None)
-    weights, _ = decided._weights(routing.scores, Choice(selected, None if thins_out else assigned))
+    weights, _ = decided.weigh(routing.scores, Choice(selected, None if thins_out else assigned))
     if assigned is not None:
         weights = weights.masked_fill(~assigned, 0.0)
     return weights if routing.mask is None else weights.masked_fill(~routing.mask[:, None], 0.0)

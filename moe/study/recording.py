@@ -66,7 +66,7 @@ def record_validation(
         # Compiled for training's shapes, blocks would be compiled again for these.
         with RecordWriter(folder) as writer, torch.no_grad(), torch.compiler.set_stance("force_eager"):
             first_sequence = 0
-            for batch in _windows(corpus, sequence_length, tokens):
+            for batch in held_out_windows(corpus, sequence_length, tokens):
                 with autocast(device, precision):
                     hidden, routings = model.hidden(batch.tokens.to(device))
                     losses, predicted = losses_and_predictions(hidden, model.head.weight, batch.targets.to(device))
@@ -191,8 +191,11 @@ def vocabulary_of(tokenizer: Tokenizer, size: int) -> tuple[str, ...]:
     return tuple(tokenizer.decode([index]) if index < tokenizer.size else f"<{index}>" for index in range(size))
 
 
-def _windows(corpus: PreparedCorpus, sequence_length: int, tokens: int | None) -> Iterator[Batch]:
-    """Batches of windows over each domain's held-out text, all of them or, with ``tokens``, evenly spread ones."""
+def held_out_windows(corpus: PreparedCorpus, sequence_length: int, tokens: int | None = None) -> Iterator[Batch]:
+    """Batches of windows over each domain's held-out text: those that a record of so many ``tokens`` is of.
+
+    None: all of it; else about so many, in whole windows, as many from each domain, spread evenly over its text.
+    """
     for domain, held_out in enumerate(corpus.validation.values()):
 
         def windows(rows: int, domain: int = domain, held_out: HeldOut = held_out) -> Iterator[Batch]:

@@ -33,8 +33,7 @@ from moe.study.metrics.load import Choice, DropsBy, Over
 from moe.study.metrics.specialisation import By, TypicalToken
 from moe.study.page.findings import findings
 from moe.study.record import Record
-from moe.study.recording import _windows as held_out_windows
-from moe.study.recording import record_validation
+from moe.study.recording import held_out_windows, record_validation
 from moe.study.storage import HEADER, read_record
 from moe.training import checkpoint
 from moe.training.checkpoint import Checkpoint

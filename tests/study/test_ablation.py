@@ -12,8 +12,9 @@ from moe.data.batches import Batch
 from moe.data.prepare import HeldOut
 from moe.model.transformer import Transformer
 from moe.presets import model_config
-from moe.study.ablation import _forward, _losses_from, _mean_and_error, delta_loss, held_out_windows, loss_by_k
+from moe.study.ablation import _forward, _losses_from, _mean_and_error, delta_loss, loss_by_k
 from moe.study.intervene import change_k, knock_out, mixture_layers, random_routing
+from moe.study.recording import held_out_windows
 
 VOCABULARY, LENGTH, EXPERTS = 32, 8, 4
 DOMAINS = ("prose", "code", "nothing")
@@ -169,7 +170,7 @@ class Corpus:
 
 def test_held_out_windows_are_as_many_of_each_domain_and_not_its_beginning_alone() -> None:
     corpus: Any = Corpus()
-    batches = held_out_windows(corpus, sequence_length=10, tokens=40)
+    batches = list(held_out_windows(corpus, sequence_length=10, tokens=40))
     # 40 tokens are 20 of each domain: two windows of ten. Of 4 windows of prose the first and third, of 10 of code the
     # first and sixth.
     assert [batch.domain.tolist() for batch in batches] == [[0, 0], [1, 1]]

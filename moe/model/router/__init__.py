@@ -95,7 +95,7 @@ class Router(nn.Module):
         )
         if not self.config.has_logits:
             scores = equal_scores(choice.selected, self.n_experts, logits.dtype)
-        weights, assigned = self._weights(scores, choice)
+        weights, assigned = self.weigh(scores, choice)
         if mask is not None:
             weights = weights.masked_fill(~mask[:, None], 0.0)
         if not torch.compiler.is_compiling() and torch.is_anomaly_enabled() and not bool(torch.isfinite(logits).all()):
@@ -112,7 +112,7 @@ class Router(nn.Module):
             scores_are_probabilities=self.config.score == "softmax" or not self.config.has_logits,
             noise=noise,
         )
-        return self._within_capacity(routing)
+        return self.within_capacity(routing)
 
     def _logits(
         self, x: Float[Tensor, "T D"], previous_logits: Float[Tensor, "T E"] | None
@@ -144,10 +144,14 @@ class Router(nn.Module):
             std = noise_std(linear_logits(x, self.noise_weight))
             return logits + torch.randn_like(logits) * std, LearnedNoise(logits, std)
 
-    def _weights(
+    def weigh(
         self, scores: Float[Tensor, "T E"], choice: Choice
     ) -> tuple[Float[Tensor, "T K"], Bool[Tensor, "T K"] | None]:
-        """The weight of each place, and which places hold an assignment once second choices are thinned out."""
+        """The weight of each place, and which places hold an assignment once second choices are thinned out.
+
+        By the rule of ``config``, from the ``scores`` of all experts; a place that holds none has weight 0. None in
+        place of which: all do. Padding is not looked at here.
+        """
         weighted, assigned = choice.assigned, choice.assigned
         if self.n_zero:
             # A zero expert takes no share of the sum (MoE++): what it would have taken goes to the others.
@@ -165,7 +169,7 @@ class Router(nn.Module):
             assigned = kept if assigned is None else assigned & kept
         return weights, assigned
 
-    def _within_capacity(self, routing: Routing) -> Routing:
+    def within_capacity(self, routing: Routing) -> Routing:
         """``routing`` with assignments beyond capacity dropped: their weight is exactly 0."""
         capacity = self.config.capacity
         if capacity.factor is None or not (self.training or capacity.in_evaluation):
