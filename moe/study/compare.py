@@ -358,24 +358,12 @@ def table(one: Measurement, other: Measurement, names: tuple[str, str]) -> "pd.D
 
     keys = [axis.name for axis in one.axes]
     kept = [column for column in ("chance", "null") if getattr(one, column) is not None]
-    left = _frame(one)[[*keys, "value", *kept]].rename(columns={"value": names[0]})
-    right = _frame(other)[[*keys, "value"]].rename(columns={"value": names[1]})
+    left = one.frame()[[*keys, "value", *kept]].rename(columns={"value": names[0]})
+    right = other.frame()[[*keys, "value"]].rename(columns={"value": names[1]})
     both = pd.merge(left, right, on=keys, how="outer", sort=False) if keys else left.join(right)
     both["difference"] = both[names[1]] - both[names[0]]
     both.insert(0, "metric", one.name)
     return both[["metric", *keys, *names, "difference", *kept]]
-
-
-def _frame(measurement: Measurement) -> "pd.DataFrame":
-    """Its frame, with the one row of a single number."""
-    if measurement.axes:
-        return measurement.frame()
-    alone = replace(
-        measurement,
-        values=measurement.values[None],
-        axes=(Axis("number", ("",)),),
-    )
-    return alone.frame().drop(columns="number")
 
 
 # ---------------------------------------------------------------------------------------------------------------- seeds
@@ -408,7 +396,7 @@ class Spread:
 
     def frame(self) -> "pd.DataFrame":
         """One row a value: a column for each axis, then mean, low, high, n and chance."""
-        frame = _frame(self.mean).rename(columns={"value": "mean"})
+        frame = self.mean.frame().rename(columns={"value": "mean"})
         place = list(frame.columns).index("mean") + 1
         for offset, (name, values) in enumerate((("low", self.low), ("high", self.high))):
             frame.insert(place + offset, name, values.ravel())

@@ -67,15 +67,16 @@ class Measurement:
         return ratio
 
     def frame(self) -> "pd.DataFrame":
-        """One row a value: a column for each axis, then value, chance and null."""
+        """One row a value, of a single number the only one: a column for each axis, then value, chance and null."""
         import pandas as pd
 
-        index = pd.MultiIndex.from_product([axis.labels for axis in self.axes], names=[axis.name for axis in self.axes])
         columns = {"value": self.values, "chance": self.chance, "null": self.null, "null_std": self.null_std}
         shape = self.values.shape
-        return pd.DataFrame(
-            {name: np.broadcast_to(part, shape).ravel() for name, part in columns.items() if part is not None}, index
-        ).reset_index()
+        values = {name: np.broadcast_to(part, shape).ravel() for name, part in columns.items() if part is not None}
+        if not self.axes:
+            return pd.DataFrame(values)
+        index = pd.MultiIndex.from_product([axis.labels for axis in self.axes], names=[axis.name for axis in self.axes])
+        return pd.DataFrame(values, index).reset_index()
 
     def plot(self) -> Any:
         """A plotly figure with the chance line; needs the extra ``study``."""

@@ -108,7 +108,7 @@ def max_violation(record: Record, over: Over = "all", batch_sequences: int = 16)
         some = totals > 0
         violations = counts[some].max(axis=1) / totals[some] * layer.n_experts - 1
         values.append(violations.mean() if some.any() else np.nan)
-        expected = _chance_max_violation(random_counts(layer, group, n_groups), layer.n_experts)[some]
+        expected = chance_max_violation(random_counts(layer, group, n_groups), layer.n_experts)[some]
         chance.append(expected.mean() if some.any() else np.nan)
     pure = "; where the record goes domain by domain so do its batches, unlike those of training"
     where = {
@@ -482,7 +482,8 @@ def _chance_variation(layer: Layer) -> float:
     )
 
 
-def _chance_max_violation(counts: RandomCounts, n_experts: int) -> Array:
+def chance_max_violation(counts: RandomCounts, n_experts: int) -> Array:
+    """[G] expected max_e f_e · E - 1 of routing at random (:func:`max_violation`); NaN for groups without counts."""
     if n_experts == 1:
         return np.zeros(counts.mean.shape)
     first, second = _largest_of_normals(n_experts)

@@ -21,6 +21,16 @@ from moe.study.metrics.information import (
     per_assignment,
     permutation_null,
 )
+from moe.study.metrics.load import (
+    chance_max_violation,
+    divide,
+    expert_axis,
+    first_choice,
+    layer_axis,
+    most_experts,
+    random_counts,
+)
+from moe.study.metrics.pairs import layer_of_block
 from moe.study.record import Ints, Layer, Record
 
 By = Literal["input", "predicted", "target"]
@@ -35,13 +45,13 @@ def domain_specialisation(record: Record, permutations: int = 20, seed: int = 0)
     a row sums to K and chance is K/E; Jiang et al. 2024 (Mixtral, arXiv 2401.04088, figure 7) divide by assignments,
     where it is 1/E. The null gives whole sequences the domains of others: its mean is the expert's share of all tokens.
     """
-    n_experts = _most_experts(record)
+    n_experts = most_experts(record)
     by_layer = [_assignments(layer) for layer in record.layers]
 
     def shares(domain: Array) -> Array:
         tokens = np.bincount(domain, minlength=len(record.domains))
         counts = np.stack([_table(domain[token], expert, tokens.size, n_experts) for expert, token in by_layer])
-        return _shares(counts, tokens[None, :, None])
+        return divide(counts, tokens[None, :, None])
 
     null = permutation_null(shares, record.domain, blocks=_sequences(record), permutations=permutations, seed=seed)
     missing = _missing(record)[:, None, :]
@@ -51,7 +61,7 @@ def domain_specialisation(record: Record, permutations: int = 20, seed: int = 0)
         "Of a domain's tokens, the share that each expert was chosen for; a row sums to the experts of a token, and an "
         "expert that knows nothing of domains has the same share in all of them.",
         np.where(missing, np.nan, shares(record.domain)),
-        (Axis("layer", record.blocks), Axis("domain", record.domains), _experts(n_experts)),
+        (layer_axis(record), Axis("domain", record.domains), expert_axis(record)),
         "share",
         chance=_places_over_experts(record)[:, None, None],
         null=np.where(missing, np.nan, null.mean),
@@ -94,7 +104,7 @@ def domain_information(record: Record, permutations: int = 20, seed: int = 0) ->
         "token is known, which a mere difference in vocabulary does not raise; compare each with its null, which "
         "shuffled domains reach.",
         np.stack([nmi(record.domain), conditional(record.domain)], axis=1),
-        (Axis("layer", record.blocks), Axis("measure", ("nmi", "conditional"))),
+        (layer_axis(record), Axis("measure", ("nmi", "conditional"))),
         "share",
         chance=np.zeros(()),
         null=np.stack([null.mean for null in nulls], axis=1),
@@ -106,25 +116,24 @@ def domain_max_violation(record: Record, permutations: int = 20, seed: int = 0) 
     """max_e load_e · E - 1 over the tokens of one domain: [layer, domain]; MaxVio (Wang et al. 2024, eq. 4) of each.
 
     Balance over all text and imbalance within each domain is what specialisation looks like. Chance is the mean for
-    routing to K experts at random, which is above 0 and falls with the number of tokens; the null, where whole
+    routing to K experts at random (:func:`~moe.study.metrics.load.max_violation`), which is above 0 and falls with the
+    number of tokens; the null, where whole
     sequences get the domains of others, holds the imbalance over all text as well.
     """
     by_layer = [_assignments(layer) for layer in record.layers]
+    n_domains = len(record.domains)
 
     def violation(domain: Array) -> Array:
         return np.stack(
             [
-                _max_violation(_table(domain[token], expert, len(record.domains), layer.n_experts))
+                _violation_of(_table(domain[token], expert, n_domains, layer.n_experts))
                 for layer, (expert, token) in zip(record.layers, by_layer, strict=True)
             ]
         )
 
     null = permutation_null(violation, record.domain, blocks=_sequences(record), permutations=permutations, seed=seed)
-    tokens = np.bincount(record.domain, minlength=len(record.domains))
-    places = _places_over_experts(record)
     chance = [
-        [_chance_violation(int(n), share, layer.n_experts, seed) for n in tokens]
-        for layer, share in zip(record.layers, places, strict=True)
+        chance_max_violation(random_counts(layer, record.domain, n_domains), layer.n_experts) for layer in record.layers
     ]
     return Measurement(
         "domain_max_violation",
@@ -132,8 +141,8 @@ def domain_max_violation(record: Record, permutations: int = 20, seed: int = 0) 
         "How far the busiest expert of a domain is above its fair share of that domain: 0 is balanced, 1 is twice its "
         "share, and routing at random gives the chance value.",
         violation(record.domain),
-        (Axis("layer", record.blocks), Axis("domain", record.domains)),
-        chance=np.array(chance),
+        (layer_axis(record), Axis("domain", record.domains)),
+        chance=np.array(chance).reshape(-1, n_domains),
         null=null.mean,
         null_std=null.std,
     )
@@ -183,7 +192,7 @@ def vocabulary_specialisation(
         f"at least {minimum_count} times ({share:.0%} of the text); 1: the token decides; shuffled tokens give the "
         "null.",
         favourites(rows),
-        (Axis("layer", record.blocks),),
+        (layer_axis(record),),
         "share",
         chance=_places_over_experts(record),
         null=null.mean,
@@ -211,7 +220,7 @@ def typical_tokens(
     Of those that occur at least ``minimum_count`` times, and only where the share is above the expert's share of all
     tokens; equal shares by count. Raises ValueError for a block without experts, or another ``by``.
     """
-    chosen = _layer(record, layer)
+    chosen = layer_of_block(record, layer)
     ids = _ids(record, by)
     counts = np.bincount(ids, minlength=1)
     frequent = np.nonzero(counts >= max(minimum_count, 1))[0]
@@ -245,7 +254,7 @@ def token_dependence(record: Record, permutations: int = 20, seed: int = 0) -> M
     (0.75 for 16 experts, K = 2). The null shuffles the ids over the tokens, and is well above 0 with many rare ids:
     about (ids - 1)(experts - 1)/2n over H(expert). NaN for a layer that uses one expert.
     """
-    first = [_assignments(layer, 1) for layer in record.layers]
+    first = [_assignments(layer, first_choice(layer)[:, None]) for layer in record.layers]
     any_place = [_assignments(layer) for layer in record.layers]
 
     def dependence(ids: Array) -> Array:
@@ -263,7 +272,7 @@ def token_dependence(record: Record, permutations: int = 20, seed: int = 0) -> M
         "The share of what there is to know of a token's expert that its id tells; 1 for the first choice means that "
         "the id decides, and what is below the null comes from rare tokens alone.",
         dependence(record.token_id),
-        (Axis("layer", record.blocks), Axis("choice", ("first", "any"))),
+        (layer_axis(record), Axis("choice", ("first", "any"))),
         "share",
         chance=np.zeros(()),
         null=null.mean,
@@ -274,12 +283,13 @@ def token_dependence(record: Record, permutations: int = 20, seed: int = 0) -> M
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _assignments(layer: Layer, places: int | None = None) -> tuple[Array, Array]:
-    """The expert and the row of the token of each assignment in the first ``places`` (None: all), empty ones left out.
+def _assignments(layer: Layer, selected: Ints | None = None) -> tuple[Array, Array]:
+    """The expert and the row of the token of each assignment, of the layer or of ``selected`` [N, K], no empty places.
 
     Ids and domains are looked up by that row, so that a permutation shuffles N of them and not N·K.
     """
-    expert, token = per_assignment(layer.selected[:, :places], np.arange(len(layer.selected), dtype=np.int32))
+    selected = layer.selected if selected is None else selected
+    expert, token = per_assignment(selected, np.arange(len(selected), dtype=np.int32))
     return expert, token
 
 
@@ -289,10 +299,10 @@ def _table(row: Array, column: Array, n_rows: int, n_columns: int) -> Array:
     return np.bincount(code, minlength=n_rows * n_columns).reshape(n_rows, n_columns)
 
 
-def _shares(counts: Array, total: Array) -> Array:
-    """``counts`` over ``total``, NaN where there is nothing to divide by."""
-    shares: Array = np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
-    return shares
+def _violation_of(table: Array) -> Array:
+    """max_e load_e · E - 1 for each row of counts [D, E]."""
+    violation: Array = divide(table.max(axis=1), table.sum(axis=1)) * table.shape[1] - 1
+    return violation
 
 
 def _over_entropy(joint: Counts) -> float:
@@ -301,28 +311,6 @@ def _over_entropy(joint: Counts) -> float:
     if not known > 0:
         return float("nan")
     return (mutual_information(joint) if len(joint.labels) == 2 else conditional_mutual_information(joint)) / known
-
-
-def _max_violation(table: Array) -> Array:
-    """max_e load_e · E - 1 for each row of counts [D, E]."""
-    violation: Array = _shares(table.max(axis=1), table.sum(axis=1)) * table.shape[1] - 1
-    return violation
-
-
-def _chance_violation(n_tokens: int, share: float, n_experts: int, seed: int, draws: int = 1000) -> float:
-    """Mean of MaxVio where each token chooses its experts at random, each expert with probability ``share``.
-
-    Counts are taken as normal: variance n·share·(1 - share) each, and a fixed sum. Right from some ten assignments an
-    expert on.
-    """
-    if n_tokens * share == 0:
-        return float("nan")
-    if n_experts == 1:
-        return 0.0
-    noise = np.random.default_rng(seed).standard_normal((draws, n_experts))
-    noise = (noise - noise.mean(axis=1, keepdims=True)) * np.sqrt(n_experts / (n_experts - 1))
-    deviation = np.sqrt(n_tokens * share * (1 - share)) / (n_tokens * share)
-    return float(noise.max(axis=1).mean() * deviation)
 
 
 def _sequences(record: Record) -> Array:
@@ -335,17 +323,9 @@ def _places_over_experts(record: Record) -> Array:
     return np.array([layer.assigned.sum() / max(len(layer.selected), 1) / layer.n_experts for layer in record.layers])
 
 
-def _most_experts(record: Record) -> int:
-    return max((layer.n_experts for layer in record.layers), default=0)
-
-
 def _missing(record: Record) -> Array:
     """[L, E] True for experts that a layer with fewer of them does not have."""
-    return np.arange(_most_experts(record)) >= np.array([[layer.n_experts] for layer in record.layers])
-
-
-def _experts(n_experts: int) -> Axis:
-    return Axis("expert", tuple(str(number) for number in range(n_experts)))
+    return np.arange(most_experts(record)) >= np.array([[layer.n_experts] for layer in record.layers])
 
 
 def _ids(record: Record, by: By) -> Ints:
@@ -353,10 +333,3 @@ def _ids(record: Record, by: By) -> Ints:
     if by not in columns:
         raise ValueError(f"by is {by}: it must be one of {', '.join(columns)}")
     return columns[by]
-
-
-def _layer(record: Record, block: int) -> Layer:
-    for layer in record.layers:
-        if layer.block == block:
-            return layer
-    raise ValueError(f"block {block} has no experts: those that have are {', '.join(record.blocks)}")

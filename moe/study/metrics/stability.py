@@ -17,7 +17,8 @@ from moe.model.router.selection import choose
 from moe.model.routing import Routing
 from moe.model.transformer import Transformer
 from moe.study.measurement import Array, Axis, Measurement
-from moe.study.record import EMPTY, Bools, Layer, Record
+from moe.study.metrics.load import first_choice
+from moe.study.record import EMPTY, Bools, Ints, Layer, Record
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -87,7 +88,7 @@ def flip_rate(one: Record, other: Record) -> Measurement:
         "flip_rate",
         "Tokens that change experts",
         "The share of tokens whose set of experts, or first choice, differs between the two records; 0 is the same "
-        "routing.",
+        "routing, and chance that of models that know nothing of each other.",
         flips[..., 0],
         (Axis("layer", one.blocks), Axis("choice", ("set", "first"))),
         "share",
@@ -107,14 +108,22 @@ def _require_same_tokens(one: Record, other: Record) -> None:
 
 def _by_choice(one: Layer, other: Layer) -> tuple[tuple[Bools, Bools], tuple[Bools, Bools]]:
     """Both layers' sets of experts, and both layers' first choices."""
-    every, first = ((_sets(one, places), _sets(other, places)) for places in (None, 1))
-    return every, first
+    return (_sets(one), _sets(other)), (_first(one), _first(other))
 
 
-def _sets(layer: Layer, places: int | None = None) -> Bools:
-    """[N, E] which experts a token has in its first ``places`` (None: all)."""
-    sets = np.zeros((len(layer.selected), layer.n_experts), dtype=np.bool_)
-    selected = layer.selected[:, :places]
+def _sets(layer: Layer) -> Bools:
+    """[N, E] which experts a token has."""
+    return _indicators(layer.selected, layer.n_experts)
+
+
+def _first(layer: Layer) -> Bools:
+    """[N, E] which expert a token's first choice is."""
+    return _indicators(first_choice(layer)[:, None], layer.n_experts)
+
+
+def _indicators(selected: Ints, n_experts: int) -> Bools:
+    """[N, E] True for the experts of each row of ``selected`` [N, K]."""
+    sets = np.zeros((len(selected), n_experts), dtype=np.bool_)
     token, place = np.nonzero(selected != EMPTY)
     sets[token, selected[token, place]] = True
     return sets
@@ -284,7 +293,7 @@ class _Call(NamedTuple):
             token_ids=self.keywords["token_ids"],
             positions=self.keywords["positions"],
         )
-        return _indicators(choice.selected, choice.assigned, logits.shape[1])
+        return _both_sets(choice.selected, choice.assigned, logits.shape[1])
 
 
 @torch.no_grad()
@@ -320,12 +329,13 @@ def _in_evaluation(model: Transformer, tokens: Int[Tensor, "B S"]) -> list[Routi
 
 def _sets_of(routing: Routing) -> tuple[Bools, Bools]:
     """[T, E] the sets of experts, and the first choices."""
-    return _indicators(routing.selected, routing.present, routing.n_experts)
+    return _both_sets(routing.selected, routing.present, routing.n_experts)
 
 
-def _indicators(selected: Tensor, assigned: Tensor | None, n_experts: int) -> tuple[Bools, Bools]:
+def _both_sets(selected: Tensor, assigned: Tensor | None, n_experts: int) -> tuple[Bools, Bools]:
+    """[T, E] the sets of experts, and the first choices."""
     places = selected if assigned is None else selected.masked_fill(~assigned, EMPTY)
     chosen = places.to(torch.int32).cpu().numpy()
     nothing = np.zeros(chosen.shape)
     layer = Layer(0, n_experts, chosen, nothing.astype(np.float32), nothing.astype(np.bool_))
-    return _sets(layer), _sets(layer, 1)
+    return _sets(layer), _first(layer)

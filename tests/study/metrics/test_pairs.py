@@ -365,3 +365,10 @@ def test_chunks_change_nothing(records: Any, monkeypatch: pytest.MonkeyPatch) ->
     after = co_activation(record), cross_layer_transitions(record, 0, 1, "any")
     for one, other in zip(before, after, strict=True):
         assert other.values == pytest.approx(one.values, nan_ok=True)
+
+
+def test_a_single_number_is_a_frame_of_one_row(records: Any) -> None:
+    # Two of four possible paths occur.
+    frame = distinct_paths(records.of([[[0], [1]], [[0], [1]]], 2)).frame()
+    assert frame.columns.tolist() == ["value", "null", "null_std"]
+    assert frame["value"].tolist() == [2]

@@ -137,6 +137,22 @@ def test_chance_of_the_imbalance_within_a_domain_is_that_of_drawn_routing(record
     assert measured.chance == pytest.approx(np.full((1, 3), np.mean(drawn)), rel=0.06)
 
 
+def test_chance_of_the_imbalance_within_a_domain_with_few_assignments_an_expert(records: Any) -> None:
+    # 2 domains of 40 tokens with 2 of 16 experts each, so 5 assignments an expert, whose counts are skewed.
+    generator = np.random.default_rng(0)
+    drawn = [np.bincount(random_places(generator, 40, 16, 2).ravel()).max() / 5 - 1 for _ in range(2000)]
+    record = records.of([random_places(generator, 80, 16, 2)], 16, domain=np.arange(80) % 2)
+
+    assert domain_max_violation(record).chance == pytest.approx(np.full((1, 2), np.mean(drawn)), rel=0.04)
+
+
+def test_what_the_token_tells_is_of_the_first_place_that_holds_an_expert(records: Any) -> None:
+    # By first choices id 0 goes to expert 1 and id 1 to expert 2, one of them from its second place.
+    record = records.of([[[-1, 1], [1, 2], [2, 1], [2, -1]]], 3, token_id=[0, 0, 1, 1])
+
+    assert token_dependence(record).values[0, 0] == pytest.approx(1)
+
+
 def test_where_domains_differ_in_vocabulary_alone_nothing_is_left_once_the_token_is_known(records: Any) -> None:
     # Ids below 10 belong to domain a, the others to b; the expert is id mod 4 there, 4 + id mod 4 here: a rule of ids.
     generator = np.random.default_rng(1)

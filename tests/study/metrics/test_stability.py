@@ -88,6 +88,15 @@ def test_a_token_counts_by_the_experts_that_it_has_in_the_end(records: Any) -> N
     assert saturation([early, final]).values[0, 0, 0] == pytest.approx((1 + 1 / 2) / 2)
 
 
+def test_the_first_choice_is_the_first_place_that_holds_an_expert(records: Any) -> None:
+    # Of token 0 the best expert was knocked out in the end, and its next is what it had first before.
+    early = records.of([[[1, 0], [2, 3]]], 4, step=0)
+    final = records.of([[[EMPTY, 1], [2, EMPTY]]], 4, step=1)
+
+    assert saturation([early, final]).values[0, 0, 1] == 1
+    assert flip_rate(early, final).values[0].tolist() == [1, 0]
+
+
 def test_saturation_refuses_what_cannot_be_compared(records: Any) -> None:
     one, two = records.of([[[0], [1]]], 4, step=1), records.of([[[0], [1]]], 4, step=2)
     other_tokens = replace(two, token_id=np.array([0, 7], dtype=np.int32))
