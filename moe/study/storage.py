@@ -346,18 +346,24 @@ def read_header(folder: Path) -> Header:
     try:
         header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if header["format"] != FORMAT:
-            raise UserError(f"{folder}: is a record of format {header['format']}, not {FORMAT}: record it again")
+            raise UserError(
+                f"{folder}: is a record of format {header['format']}, not {FORMAT}: remove it and record it again"
+            )
         vocabulary = header["vocabulary"]
         return Header(
             source=str(header["source"]),
             step=None if header["step"] is None else int(header["step"]),
             domains=tuple(header["domains"]),
             vocabulary=None if vocabulary is None else tuple(vocabulary),
-            layers=tuple(LayerShape(**layer) for layer in header["layers"]),
+            layers=tuple(_shape_from(layer) for layer in header["layers"]),
             shards=tuple((str(shard["name"]), int(shard["rows"])) for shard in header["shards"]),
         )
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise _damaged(folder, f"{HEADER}: {error!r}") from error
+
+
+def _shape_from(layer: dict[str, Any]) -> LayerShape:
+    return LayerShape(int(layer["block"]), int(layer["n_experts"]), int(layer["top_k"]), bool(layer["scores"]))
 
 
 def read_record(folder: Path, blocks: Collection[int] | None = None, *, scores: bool = True) -> Record:
@@ -376,9 +382,10 @@ def read_record(folder: Path, blocks: Collection[int] | None = None, *, scores: 
         for layer in header.layers
         if blocks is None or layer.block in blocks
     ]
-    columns = _empty_columns(header.n_tokens, shapes)
     row = 0
     try:
+        _require_sound(folder, header)
+        columns = _empty_columns(header.n_tokens, shapes)
         for group in _row_groups(folder, header, list(columns)):
             for name, column in columns.items():
                 column[row : row + group.num_rows] = _values_of(group[name], column, header.domains)
@@ -419,12 +426,26 @@ def _empty_columns(n_tokens: int, shapes: Sequence[LayerShape]) -> dict[str, npt
     return columns
 
 
-def _row_groups(folder: Path, header: Header, columns: list[str]) -> Iterator[Any]:
-    """Each row group of each shard as a table; raises ValueError for a shard of another length than the header says."""
+def _require_sound(folder: Path, header: Header) -> None:
+    """Raise ValueError unless the shards are as long as the header says, and say of their columns what it says.
+
+    Before a row is read, or room made for it: a damaged header may speak of 10^15.
+    """
+    if not header.shards:
+        raise ValueError("it has no shards")
     for name, rows in header.shards:
-        with pq.ParquetFile(folder / name, page_checksum_verification=True) as file:
+        with pq.ParquetFile(folder / name) as file:
             if file.metadata.num_rows != rows:
                 raise ValueError(f"{name} has {file.metadata.num_rows} rows, and should have {rows}")
+            about = (file.schema_arrow.metadata or {}).get(METADATA_KEY.encode())
+            if about is None or json.loads(about) != json.loads(json.dumps(_about(header))):
+                raise ValueError(f"{name} is of another record than {HEADER}")
+
+
+def _row_groups(folder: Path, header: Header, columns: list[str]) -> Iterator[Any]:
+    """Each row group of each shard as a table."""
+    for name, _ in header.shards:
+        with pq.ParquetFile(folder / name, page_checksum_verification=True) as file:
             for index in range(file.num_row_groups):
                 yield file.read_row_group(index, columns=columns)
 
@@ -443,7 +464,9 @@ def _values_of(column: Any, like: npt.NDArray[Any], domains: Sequence[str]) -> n
 
 
 def _damaged(folder: Path, reason: str) -> UserError:
-    return UserError(f"{folder}: the routing record is damaged ({' '.join(reason.split())}): record it again")
+    return UserError(
+        f"{folder}: the routing record is damaged ({' '.join(reason.split())}): remove it and record it again"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- parts of a record

@@ -333,6 +333,20 @@ DAMAGES = {
     "a shard of another length": lambda folder: edit_header(
         folder, shards=[{"name": "shard-00000.parquet", "rows": 9}]
     ),
+    "shards of a negative length": lambda folder: edit_header(
+        folder, shards=[{"name": "shard-00000.parquet", "rows": -9}]
+    ),
+    "more rows than any memory holds": lambda folder: edit_header(
+        folder, shards=[{"name": "shard-00000.parquet", "rows": 10**15}]
+    ),
+    "no shards": lambda folder: edit_header(folder, shards=[]),
+    "another number of experts": lambda folder: edit_header(
+        folder, layers=[{"block": 0, "n_experts": 2, "top_k": 2, "scores": False}]
+    ),
+    "places that are no number": lambda folder: edit_header(
+        folder, layers=[{"block": 0, "n_experts": 5, "top_k": "two", "scores": False}]
+    ),
+    "another step": lambda folder: edit_header(folder, step=9),
     "a header that is no JSON": lambda folder: (folder / "_record.json").write_text('{"format": 1,'),
     "a header of something else": lambda folder: (folder / "_record.json").write_text('["a", "b"]'),
     "a header without layers": lambda folder: edit_header(folder, layers=None),
@@ -351,7 +365,9 @@ def test_a_damaged_record_is_one_clear_line(tmp_path: Path, damage: object) -> N
     write_record(tmp_path / "record", random_record(400))
     damage(tmp_path / "record")
 
-    with pytest.raises(UserError, match=r"record: the routing record is damaged \(.*\): record it again") as caught:
+    with pytest.raises(
+        UserError, match=r"record: the routing record is damaged \(.*\): remove it and record it again"
+    ) as caught:
         read_record(tmp_path / "record")
 
     assert "\n" not in str(caught.value)
@@ -366,7 +382,7 @@ def test_another_format_says_what_to_do(tmp_path: Path) -> None:
     write_record(tmp_path / "record", by_hand())
     edit_header(tmp_path / "record", format=0)
 
-    with pytest.raises(UserError, match="is a record of format 0, not 1: record it again"):
+    with pytest.raises(UserError, match="is a record of format 0, not 1: remove it and record it again"):
         read_record(tmp_path / "record")
 
 
