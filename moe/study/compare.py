@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 UNMATCHED = -1
 """partner of an expert for which the other model has none left"""
 CONFIDENCE = 0.95
+DRAWS = 20
+"""of routing that knows nothing, matched anew each time"""
 
 NUMBERED_AXES = ("expert", "from", "to", "other", "path")
 """axes along which models differ by a renumbering of their experts, so that their values cannot be averaged"""
@@ -107,7 +109,7 @@ def renumber(other: Record, matching: Matching) -> Record:
     )
 
 
-def agreement(one: Record, other: Record, *, draws: int = 20, seed: int = 0) -> Measurement:
+def agreement(one: Record, other: Record, *, draws: int = DRAWS, seed: int = 0) -> Measurement:
     """Share of the assignments of two records of the same tokens that agree: [layer, experts], as numbered and matched.
 
     2 Σ_t |A_t ∩ B_t| / Σ_t (|A_t| + |B_t|) for the experts A_t and B_t of token t: |A ∩ B|/K where all tokens have K.
@@ -152,9 +154,11 @@ def partner_overlap(one: Record, other: Record, matching: Matching) -> Measureme
     """For each expert of ``one``, how much of its tokens it shares with its partner: [layer, expert].
 
     |tokens of both| / |tokens of either| (Jaccard), so a partner that takes everything does not score. Chance is that
-    of two independent experts of the fair share p = K/E each: p/(2 - p). NaN without a partner or tokens.
+    of partners that matching finds where routers know nothing and use experts alike (:func:`agreement`): with a share a
+    of assignments that agree, a/(2 - a) where both have as many experts. NaN without a partner or tokens.
     """
     pairs = _layer_pairs(one, other)
+    generator = np.random.default_rng(0)
     most = max(layer.n_experts for layer, _ in pairs)
     values = np.full((len(pairs), most), np.nan)
     chance = []
@@ -164,8 +168,7 @@ def partner_overlap(one: Record, other: Record, matching: Matching) -> Measureme
         for expert, partner in enumerate(matching.of(layer.block)):
             if partner != UNMATCHED and (either := tokens[expert] + others[partner] - joint[expert, partner]):
                 values[row, expert] = joint[expert, partner] / either
-        both = _share(layer) * _share(its_other)
-        chance.append(both / (_share(layer) + _share(its_other) - both))
+        chance.append(_chance_overlap(layer, its_other, generator))
     return Measurement(
         "partner_overlap",
         "How alike are matched experts?",
@@ -252,6 +255,15 @@ def _chance_agreements(one: Layer, other: Layer, draws: int, generator: np.rando
         best = _scipy("optimize").linear_sum_assignment(noise, maximize=True)
         found.append(noise[best].sum())
     return numbered, numbered + float(np.mean(found)) * deviation / total
+
+
+def _chance_overlap(one: Layer, other: Layer, generator: np.random.Generator) -> float:
+    """Tokens of both over tokens of either, for the pairs of experts that agree by chance once matched."""
+    _, matched = _chance_agreements(one, other, DRAWS, generator)
+    tokens, others = one.assigned.sum() / one.n_experts, other.assigned.sum() / other.n_experts
+    total = (one.assigned.sum() + other.assigned.sum()) / 2
+    both = matched * total / min(one.n_experts, other.n_experts)
+    return float(both / (tokens + others - both)) if total else math.nan
 
 
 def _share(layer: Layer) -> float:

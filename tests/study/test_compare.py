@@ -169,8 +169,18 @@ def test_overlap_of_partners_is_of_the_tokens_of_either(records):
     measured = partner_overlap(one, other, match_experts(one, other))
     # Expert 0 and its partner 1: 2 tokens of both, 3 of either. Expert 1 and its partner 0: 1 of both, 2 of either.
     np.testing.assert_allclose(measured.values, [[2 / 3, 1 / 2]])
-    # p = 1/2 each: 1/4 over 3/4.
-    np.testing.assert_allclose(measured.chance, [[1 / 3]])
+
+
+@pytest.mark.parametrize(("n_experts", "top_k"), [(4, 1), (16, 2), (16, 4)])
+def test_chance_of_partners_is_what_matching_finds_in_routing_that_knows_nothing(records, n_experts, top_k):
+    # Unmatched experts of a share p would share p/(2 - p): 0.067 for 2 of 16, where partners share 0.11.
+    found, chance = [], []
+    for seed in range(10):
+        one, other = (records.uniform(400, n_experts, top_k, seed=number) for number in (seed, seed + 100))
+        measured = partner_overlap(one, other, match_experts(one, other))
+        found.append(measured.values.mean())
+        chance.append(measured.chance.mean())
+    assert np.mean(chance) == pytest.approx(np.mean(found), rel=0.05)
 
 
 @pytest.mark.parametrize("column", ["token_id", "target_id", "sequence", "position"])

@@ -108,8 +108,9 @@ def cross_layer_information(record: Record, permutations: int = 20, seed: int = 
     frequent among tokens of the same choice in this layer, Σ_i max_j N_ij / N.
 
     Chance is (R - 1)(C - 1)/(2N H(e_l+1)) for R and C used experts, what the plug-in estimate gives where there is
-    nothing to tell, and for the accuracy max_j N_j / N, guessing the busiest. The null shuffles the tokens of one
-    layer: the same for both, bias of the accuracy included. NaN where the next layer uses one expert only.
+    nothing to tell and N is well above R·C (and 1 at most); for the accuracy it is max_j N_j / N, guessing the busiest.
+    The null shuffles the tokens of one layer: the same for both, for any N, bias of the accuracy included. NaN where
+    the next layer uses one expert only.
     """
     pairs = list(zip(record.layers, record.layers[1:], strict=False))
     # [4, pairs of layers, measures]
@@ -236,7 +237,7 @@ def _cross_layer(one: Layer, other: Layer, permutations: int, seed: int) -> tupl
         return np.array([information, table.max(axis=1).sum() / start.size])
 
     degrees = (np.count_nonzero(np.bincount(start)) - 1) * (np.count_nonzero(ends) - 1)
-    bias = degrees / (2 * start.size * known) if known > 0 else np.nan
+    bias = min(1.0, degrees / (2 * start.size * known)) if known > 0 else np.nan
     null = permutation_null(told, end, permutations=permutations, seed=seed)
     return told(end), np.array([bias, ends.max() / start.size]), null.mean, null.std
 

@@ -372,3 +372,10 @@ def test_a_single_number_is_a_frame_of_one_row(records: Any) -> None:
     frame = distinct_paths(records.of([[[0], [1]], [[0], [1]]], 2)).frame()
     assert frame.columns.tolist() == ["value", "null", "null_std"]
     assert frame["value"].tolist() == [2]
+
+
+def test_chance_of_few_tokens_and_many_experts_is_no_more_than_all_there_is_to_know(records: Any) -> None:
+    # 63 · 63 degrees of freedom over 2 · 256 tokens are 7.8 nats, and ln 64 = 4.2 are to be known: the null is for it.
+    measured = cross_layer_information(records.uniform(256, 64, 1, n_layers=2))
+    assert measured.chance[0, 0] == 1
+    assert measured.null[0, 0] == pytest.approx(measured.values[0, 0], abs=5 * measured.null_std[0, 0])
