@@ -147,6 +147,14 @@ def test_every_picture_of_the_sections_has_its_data(page):
     }
 
 
+def test_bars_of_a_sample_are_told_from_the_findings(page, records, final, tmp_path):
+    # 12 sequences of 100 tokens during training, and 60 of them for all else.
+    assert "These are the 1,200 held-out tokens" in page.read_text()
+    assert "is of 6,000 tokens" in page.read_text()
+    alone = write_page(tmp_path / "page.html", final=final)
+    assert "These are the" not in alone.read_text()
+
+
 def test_what_is_missing_is_said_in_a_line(records, tmp_path):
     text = write_page(tmp_path / "page.html", final=records.uniform(200, 4, 1)).read_text()
     for line in (
@@ -275,6 +283,35 @@ def test_saturation_is_told_at_a_tenth_of_training(records):
     assert told.startswith("At step 10 of 100, 50 % of the experts that tokens had in the end were chosen")
 
 
+def test_the_last_step_is_not_told_to_agree_with_itself(records):
+    # With records at the start and the end alone, the first from a tenth of training on is the last.
+    steps = [records.of([[[first]]], 4, step=step) for first, step in ((2, 0), (0, 100))]
+    assert len(findings(steps[-1], {"saturation": saturation(steps)})) == 1
+
+
+def test_domains_cannot_be_told_from_few_sequences(records):
+    # One sequence a domain: shuffled domains are other names of the same groups, which tell as much of the expert.
+    sequence = np.arange(300) // 100
+    record = records.of([sequence[:, None]], 3, sequence=sequence, domain=sequence)
+    measured = {
+        "domain_specialisation": domain_specialisation(record),
+        "domain_information": domain_information(record),
+    }
+    assert findings(record, measured)[1:] == [
+        "Whether domains have experts of their own cannot be told from 3 sequences: it takes 27 for any routing to "
+        "differ from shuffled domains."
+    ]
+
+
+def test_an_expert_of_one_domain_alone_is_as_many_deviations_above_its_null_as_sequences_allow(records):
+    # 40 sequences of 4 domains, each with an expert of its own: √39 deviations.
+    sequence = np.arange(400) // 10
+    record = records.of([(sequence % 4)[:, None]], 4, sequence=sequence, domain=sequence % 4)
+    measured = domain_specialisation(record, permutations=2000)
+    above = (measured.values - measured.null) / measured.null_std
+    assert above[0].diagonal() == pytest.approx(np.full(4, 39**0.5), rel=0.1)
+
+
 def test_half_of_the_experts_dead(records):
     # Random routing to 4 of 8 experts: the busiest has about twice its share.
     (sentence,) = findings(records.half_dead(8000, 8, 1), {})
@@ -287,6 +324,14 @@ def test_the_expert_that_matters_is_named(records):
     sentences = findings(records.uniform(100, 4, 1), {}, (), delta_loss, loss_by_k)
     assert "Without expert 5 of layer 2 the loss on 3 rises by 0.500 nats a token" in sentences[1]
     assert sentences[2] == "Loss is lowest with 3 experts a token: 2.300 nats (with 1: 2.340, with 16: 2.560)."
+
+
+def test_a_domain_without_a_loss_does_not_hide_the_best_k(records):
+    _, by_k = interventions()
+    losses = np.stack([by_k.values, np.full(16, np.nan)], axis=1)
+    by_domain = replace(by_k, values=losses, axes=(*by_k.axes, labelled("domain", range(2))))
+    sentences = findings(records.uniform(100, 4, 1), {}, (), None, by_domain)
+    assert "Loss is lowest with 3 experts a token: 2.300 nats" in sentences[1]
 
 
 def test_an_absence_within_its_error_is_no_finding(records):

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from moe.study.measurement import Measurement
-from moe.study.metrics.load import expert_counts, load, max_violation
+from moe.study.metrics.load import DEAD, expert_counts, load, max_violation
 from moe.study.record import Record
 
 SURE = 3.0
@@ -22,8 +22,9 @@ SOUGHT = 5.0
 20 shuffles give the deviation (Student's t)"""
 CLEAR = 1.1
 """times chance, where there is no null"""
-DEAD = 0.1
-"""times its fair share: an expert that gets less is dead"""
+FEWEST_SEQUENCES = round(SOUGHT**2) + 2
+"""from which on domains can be told: of n sequences that are shuffled whole, an expert of one domain alone
+is √(n - 1) deviations above the null, and none can be more"""
 EARLY = 0.1
 """share of training at which saturation is told"""
 MOST_EXPERTS = 3
@@ -91,8 +92,8 @@ def findings(
     """
     found = [_balance(final)]
     sentences: tuple[tuple[str, Callable[[Measurement], str | None]], ...] = (
-        ("domain_specialisation", _domains),
-        ("domain_information", _domain_information),
+        ("domain_specialisation", lambda measurement: _few_sequences(final) or _domains(measurement)),
+        ("domain_information", lambda measurement: None if _few_sequences(final) else _domain_information(measurement)),
         ("token_dependence", _tokens),
         ("saturation", _saturation),
         ("consecutive_repetition", _repetition),
@@ -121,6 +122,17 @@ def _balance(final: Record) -> str | None:
         f"The busiest expert, number {expert} of layer {final.blocks[layer]}, gets {times[layer, expert]:.2f} times "
         f"its fair share (the busiest by chance: {random:.2f}); of the {int(np.isfinite(times).sum())} experts in all "
         f"layers {dead or 'none'} {'get' if dead > 1 else 'gets'} less than a tenth of it."
+    )
+
+
+def _few_sequences(final: Record) -> str | None:
+    """What to say where no routing whatever could be told from shuffled domains."""
+    n_sequences = len(np.unique(np.stack([final.sequence, final.domain]), axis=1).T)
+    if n_sequences >= FEWEST_SEQUENCES:
+        return None
+    return (
+        f"Whether domains have experts of their own cannot be told from {n_sequences} sequences: it takes "
+        f"{FEWEST_SEQUENCES} for any routing to differ from shuffled domains."
     )
 
 
@@ -195,6 +207,8 @@ def _saturation(measurement: Measurement) -> str | None:
     if len(steps) < 2:
         return None
     early = next(step for step in steps if float(step) >= EARLY * float(steps[-1]))
+    if early == steps[-1]:  # which agrees with itself
+        return None
     values = values_of(measurement, step=early, choice="any") or values_of(measurement, step=early)
     if not values or "layer" not in values[0][0]:
         return None
@@ -242,7 +256,7 @@ def _repetition(measurement: Measurement) -> str | None:
         return None
     named, most = max(values, key=lambda pair: pair[1].ratio)
     return (
-        f"Two tokens in a row have the same expert in {_percent(most.value)} of cases in layer {named['layer']} "
+        f"Two tokens in a row have the same first expert in {_percent(most.value)} of cases in layer {named['layer']} "
         f"{most.held_against(_percent)}."
     )
 
@@ -286,10 +300,13 @@ def _best_k(measurement: Measurement | None) -> str | None:
     names = [] if measurement is None else [axis.name for axis in measurement.axes]
     if measurement is None or names not in (["k"], ["k", "domain"]):
         return None
-    losses = measurement.values.reshape(len(measurement.axes[0].labels), -1).mean(axis=1)
-    if not np.isfinite(losses).any():
+    by_domain = measurement.values.reshape(len(measurement.axes[0].labels), -1)
+    # A domain without a scored token has no loss, whatever k.
+    known = np.isfinite(by_domain).all(axis=0)
+    if not known.any():
         return None
-    best = int(np.nanargmin(losses))
+    losses = by_domain[:, known].mean(axis=1)
+    best = int(losses.argmin())
     labels = measurement.axes[0].labels
     mean = "mean over domains, " if "domain" in names else ""
     return (
