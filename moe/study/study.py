@@ -415,7 +415,7 @@ def load(path: Path | str, tokens: int | None = None, *, say: Say = on_stderr) -
         saved = checkpoint.open_checkpoint(path)
     elif (path / "config.yaml").is_file():
         run = RunFolder.open(path)
-        saved = checkpoint.newest(run.checkpoints_path, say)
+        saved = _newest(run, say)
     else:
         raise UserError(f"{path}: is neither the folder of a run, nor one of its checkpoints, nor that of a record")
     if tokens is not None and tokens < 1:
@@ -423,7 +423,7 @@ def load(path: Path | str, tokens: int | None = None, *, say: Say = on_stderr) -
     folder = run.path / "records" / (f"validation-{saved.step:08d}" + (f"-of-{tokens}" if tokens else ""))
     return Study(
         _final(run, saved, folder, tokens, say),
-        tuple(_over_training(run, saved.step)),
+        tuple(_over_training(run, saved.step, say)),
         run=run,
         checkpoint=saved,
         name=str(path),
@@ -432,6 +432,23 @@ def load(path: Path | str, tokens: int | None = None, *, say: Say = on_stderr) -
         is_newest=path == run.path,
         say=say,
     )
+
+
+def _newest(run: RunFolder, say: Say) -> Checkpoint:
+    """The newest sound checkpoint; without one, UserError that names a record that can be studied all the same."""
+    try:
+        return checkpoint.newest(run.checkpoints_path, say)
+    except UserError as error:
+        records = {
+            header.parent.name: header.parent for header in (run.path / "records").glob(f"validation-*/{HEADER}")
+        }
+        if not records:
+            raise
+        # Of the latest step, that of all text before that of a part.
+        name = max(records, key=lambda name: (name.partition("-of-")[0], "-of-" not in name))
+        raise UserError(
+            f"{run.path}: has no sound checkpoint to study; what is recorded can be studied alone: {records[name]}"
+        ) from error
 
 
 def _final(run: RunFolder, saved: Checkpoint, folder: Path, tokens: int | None, say: Say) -> Record:
@@ -462,12 +479,20 @@ def _final(run: RunFolder, saved: Checkpoint, folder: Path, tokens: int | None, 
     return read_record(folder)
 
 
-def _over_training(run: RunFolder, last: int) -> Iterator[Record]:
-    """The records that training wrote up to step ``last``, in order."""
+def _over_training(run: RunFolder, last: int, say: Say) -> Iterator[Record]:
+    """The records that training wrote up to step ``last``, in order; a damaged one is said and left out.
+
+    It cannot be made again, and the others are as good without it.
+    """
     for folder in sorted((run.path / "records").glob("step-*")):
         step = folder.name.removeprefix("step-")
         if step.isdigit() and int(step) <= last:
-            yield read_record(folder)
+            try:
+                record = read_record(folder)
+            except UserError as damage:
+                say(f"left out: {damage}")
+                continue
+            yield record
 
 
 @contextmanager

@@ -132,6 +132,25 @@ def test_a_record_alone_has_metrics_but_no_model(records, tmp_path: Path) -> Non
         moe.study.load(tmp_path / "record", 100)
 
 
+def test_a_run_without_checkpoints_names_a_record_that_is_left(study: Study, trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("step-*"))
+    record = run / "records" / "validation-00000004"
+    with pytest.raises(UserError, match=f"no sound checkpoint to study; .* alone: {record}$"):
+        moe.study.load(run, say=quiet)
+    assert moe.study.load(record).final.n_tokens == study.final.n_tokens
+    shutil.rmtree(run / "records")
+    with pytest.raises(UserError, match="no checkpoint here"):
+        moe.study.load(run, say=quiet)
+
+
+def test_a_damaged_record_of_training_is_said_and_left_out(study: Study, trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "records" / "step-00000002" / "shard-00000.parquet").unlink()
+    said: list[str] = []
+    assert [record.step for record in moe.study.load(run, say=said.append).over_training] == [0, 4]
+    assert [line.split(": ")[:2] for line in said] == [["left out", str(run / "records" / "step-00000002")]]
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path, trained: Path) -> None:
     with pytest.raises(UserError, match="neither the folder of a run"):
         moe.study.load(tmp_path)
