@@ -17,6 +17,7 @@ from moe.model.experts import ExpertWeights
 from moe.model.experts.reference import one_expert
 from moe.model.moe_layer import MoELayer
 from moe.model.transformer import Transformer
+from moe.study.intervene import mixture_layers
 from moe.study.measurement import Array, Axis, Measurement
 
 Layers = dict[int, MoELayer]
@@ -30,7 +31,7 @@ def weight_similarity(model: Transformer) -> Measurement:
     units matters (see above). Special experts have no weights and are left out. Raises ValueError for a model without
     mixture layers.
     """
-    layers = mixture_layers(model)
+    layers = _layers_of(model)
     vectors = [_flat(layer.experts.weights) for layer in layers.values()]
     return _of_pairs(
         "weight_similarity",
@@ -50,7 +51,7 @@ def router_similarity(model: Transformer) -> Measurement:
     the space that it projects to. Special experts have rows too, and come last. Raises ValueError for a model without
     mixture layers, or whose routers have no weights (a hashed or random choice, equally weighted).
     """
-    layers = mixture_layers(model)
+    layers = _layers_of(model)
     rows = []
     for block, layer in layers.items():
         if layer.router.weight is None:
@@ -81,7 +82,7 @@ def output_similarity(
     ``random_experts`` with normal weights of the same standard deviations. The model's mode is restored. Raises
     ValueError for a model without mixture layers, or fewer than 4 tokens.
     """
-    layers = mixture_layers(model)
+    layers = _layers_of(model)
     values, chance = [], []
     for layer, x in zip(layers.values(), _hidden_states(model, layers, tokens, sample, seed), strict=True):
         weights = layer.experts.weights
@@ -114,10 +115,8 @@ def linear_cka(outputs: list[Float[Tensor, "n D"]]) -> Array:
     return _cosines(centred)
 
 
-def mixture_layers(model: Transformer) -> Layers:
-    """The mixture layers of a model by number of block. Raises ValueError where it has none."""
-    blocks = {number: block.feed_forward for number, block in enumerate(model.blocks)}
-    layers = {number: layer for number, layer in blocks.items() if isinstance(layer, MoELayer)}
+def _layers_of(model: Transformer) -> Layers:
+    layers = mixture_layers(model)
     if not layers:
         raise ValueError("the model has no mixture layers")
     return layers

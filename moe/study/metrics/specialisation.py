@@ -79,7 +79,8 @@ def domain_information(record: Record, permutations: int = 20, seed: int = 0) ->
 
     The nulls: whole sequences get the domains of others, because tokens of one sequence resemble each other (shuffled
     one by one, they make a difference out of any two samples of one domain). For the second this is done for the tokens
-    of each id apart, so that id and domain stay as they are. NaN for a record of one domain.
+    of each id apart, so that id and domain stay as they are. Few sequences leave
+    little to shuffle: with one a domain, the null of the first is its value. NaN for a record of one domain.
     """
     by_layer = [_assignments(layer) for layer in record.layers]
 
