@@ -312,6 +312,21 @@ def test_an_expert_of_one_domain_alone_is_as_many_deviations_above_its_null_as_s
     assert above[0].diagonal() == pytest.approx(np.full(4, 39**0.5), rel=0.1)
 
 
+def test_tokens_of_a_sequence_that_resemble_each_other_are_no_way_between_layers(records):
+    # Each of 300 sequences prefers an expert in either layer, independently: of 15,000 tokens 64 ways would stand out.
+    generator = np.random.default_rng(0)
+    sequence = np.arange(15000) // 50
+    layers = [
+        np.where(
+            generator.random(15000) < 0.5, generator.integers(0, 8, 300)[sequence], generator.integers(0, 8, 15000)
+        )[:, None]
+        for _ in range(2)
+    ]
+    record = records.of(layers, 8, sequence=sequence)
+    told = findings(record, {}, [cross_layer_transitions(record, 0, 1)])[1]
+    assert told == "No way from layer to layer is taken more often than chance."
+
+
 def test_half_of_the_experts_dead(records):
     # Random routing to 4 of 8 experts: the busiest has about twice its share.
     (sentence,) = findings(records.half_dead(8000, 8, 1), {})

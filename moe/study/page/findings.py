@@ -13,8 +13,8 @@ from itertools import pairwise
 import numpy as np
 
 from moe.study.measurement import Measurement
-from moe.study.metrics.load import DEAD, expert_counts, load, max_violation
-from moe.study.record import Record
+from moe.study.metrics.load import DEAD, expert_counts, first_choice, load, max_violation
+from moe.study.record import EMPTY, Bools, Record
 
 SURE = 3.0
 SOUGHT = 5.0
@@ -27,6 +27,10 @@ FEWEST_SEQUENCES = round(SOUGHT**2) + 2
 is √(n - 1) deviations above the null, and none can be more"""
 EARLY = 0.1
 """share of training at which saturation is told"""
+NO_PAIR = "No two experts are chosen together more often than their loads alone would have it."
+NO_WAY = "No way from layer to layer is taken more often than chance."
+MOST_TRIED = 100
+"""of what exceeds chance, that is held against the deviation over sequences"""
 MOST_EXPERTS = 3
 """named in one sentence"""
 
@@ -237,8 +241,19 @@ def _pairs(measurement: Measurement, final: Record) -> str | None:
     ]
     sure = [pair for pair in values if pair[1].above(SOUGHT) and pair[1].ratio >= CLEAR]
     if not sure:
-        return "No two experts are chosen together more often than their loads alone would have it." if values else None
-    named, most = max(sure, key=lambda pair: (pair[1].value - pair[1].reference) / pair[1].std)
+        return NO_PAIR if values else None
+    sure.sort(key=lambda pair: (pair[1].reference - pair[1].value) / pair[1].std)
+    held = {str(layer.block): layer.selected for layer in final.layers}
+
+    def firm(named: dict[str, str], value: Value) -> bool:
+        selected = held[named["layer"]]
+        of_expert = (selected == int(named["expert"])).any(axis=1)
+        return _holds_over_sequences(value, (selected == int(named["other"])).any(axis=1), final, of_expert)
+
+    firmest = next((pair for pair in sure[:MOST_TRIED] if firm(*pair)), None)
+    if firmest is None:
+        return NO_PAIR
+    named, most = firmest
     return (
         f"The firmest pair: of the tokens of expert {named['expert']} in layer {named['layer']}, "
         f"{_percent(most.value)} go to expert {named['other']} too {most.held_against(_percent, SOUGHT)}."
@@ -248,6 +263,21 @@ def _pairs(measurement: Measurement, final: Record) -> str | None:
 def _counted(value: Value, draws: int) -> Value:
     """With the standard deviation of a share of ``draws`` at random."""
     return replace(value, std=math.sqrt(max(value.reference * (1 - value.reference), 0.0) / max(draws, 1)))
+
+
+def _holds_over_sequences(value: Value, hit: Bools, final: Record, drawn: Bools) -> bool:
+    """Whether the share of ``drawn`` rows that are a ``hit`` is above chance by its standard error over sequences.
+
+    Tokens of a sequence resemble each other, so that they are fewer draws than they seem. The error is that of a ratio
+    of sums (Cochran 1977, "Sampling Techniques", eq. 2.46); a record of one sequence has none.
+    """
+    number = np.unique(final.sequence[drawn], return_inverse=True)[1].reshape(-1)
+    residual = np.bincount(number, hit[drawn] - value.value)
+    n = len(residual)
+    if n < 2:
+        return True
+    error = math.sqrt(n / (n - 1) * float(np.square(residual).sum())) / int(drawn.sum())
+    return replace(value, std=max(error, value.std)).above(SOUGHT)
 
 
 def _repetition(measurement: Measurement) -> str | None:
@@ -263,16 +293,23 @@ def _repetition(measurement: Measurement) -> str | None:
 
 def _flow(flows: Sequence[Measurement], final: Record) -> str | None:
     sure = []
-    for pair, (start, end) in zip(flows, pairwise(final.blocks), strict=True):
+    first = [first_choice(layer) for layer in final.layers]
+    for pair, (start, end), (one, other) in zip(flows, pairwise(final.blocks), pairwise(first), strict=True):
         for named, value in values_of(pair):
             counted = _counted(value, final.n_tokens)
             if counted.above(SOUGHT) and counted.ratio >= CLEAR:
-                sure.append(
-                    (counted, f"expert {named['from']} of layer {start} to expert {named['to']} of layer {end}")
-                )
-    if not sure:
-        return "No way from layer to layer is taken more often than chance." if flows else None
-    most, way = max(sure, key=lambda pair: pair[0].value - pair[0].reference)
+                way = f"expert {named['from']} of layer {start} to expert {named['to']} of layer {end}"
+                sure.append((counted, way, one, other, int(named["from"]), int(named["to"])))
+    sure.sort(key=lambda found: found[0].reference - found[0].value)
+    firm = (
+        (most, way)
+        for most, way, one, other, source, target in sure[:MOST_TRIED]
+        if _holds_over_sequences(most, (one == source) & (other == target), final, (one != EMPTY) & (other != EMPTY))
+    )
+    found = next(firm, None)
+    if found is None:
+        return NO_WAY if flows else None
+    most, way = found
     return (
         f"The way that most exceeds chance leads from {way}: {_percent(most.value)} of all tokens "
         f"{most.held_against(_percent, SOUGHT)}."
