@@ -47,7 +47,7 @@ FLAGS = {
     "--tokens N": "record about N held-out tokens, as many of each domain (default: all)",
     "--ablation-tokens N": f"tokens on which experts are knocked out (default {ABLATION_TOKENS})",
     "--no-ablation": "knock out no expert: several times faster",
-    "--out FILE.html": "where the page goes (default RUN/study/index.html)",
+    "--out FILE.html": "where the page goes, its numbers beside it (default RUN/study/index.html)",
     "--figures FOLDER": "write every picture to this folder too",
     "--format NAME": "of these pictures: png, svg or pdf (default svg)",
     "--import FOLDER": "a transformers checkpoint with its tokenizer, in place of a RUN",
@@ -107,8 +107,9 @@ def study_command(arguments: Sequence[str]) -> int:
         paths = [Path(name) for name in line.positional]
     if not paths:
         raise UserError(f"a run folder is needed: {USAGE}")
-    if repeated := {str(path) for path in paths if paths.count(path) > 1}:
-        raise UserError(f"{min(repeated)} is given twice; keep one of them")
+    places = [path.resolve() for path in paths]
+    if repeated := [str(path) for path, place in zip(paths, places, strict=True) if places.count(place) > 1]:
+        raise UserError(f"{repeated[-1]} is given twice; keep one of them")
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: there is no such folder; a run is a folder below runs/")
@@ -132,14 +133,20 @@ def study_command(arguments: Sequence[str]) -> int:
 def _study_one(study: Study, options: Mapping[str, str], ablation_tokens: int) -> None:
     measurements = study.measurements()
     if "--no-ablation" not in options and study.run is not None:
-        study.ablate(ablation_tokens)
+        try:
+            study.ablate(ablation_tokens)
+        except ValueError as reason:
+            # A router that decides for itself how many experts a token gets has no k to change: the rest is kept.
+            study.say(f"left out: {reason}")
     found = study.findings(measurements)
     for name, ablated in (("delta_loss", study.delta_loss), ("loss_by_k", study.loss_by_k)):
         if ablated is not None:
             measurements[name] = ablated
 
     folder = _folder_of(study)
-    page = Path(options.get("--out", folder / "index.html"))
+    page = Path(options["--out"]) if "--out" in options else folder / "index.html"
+    # A page elsewhere takes its numbers along: those of the study that is in the run belong to the page there.
+    numbers = page.with_suffix(".json") if "--out" in options else folder / "study.json"
     written = {
         "format": FORMAT,
         **study.facts(),
@@ -158,12 +165,11 @@ def _study_one(study: Study, options: Mapping[str, str], ablation_tokens: int) -
             facts=study.facts(),
         )
 
-    _write({page: write, folder / "study.json": _json_writer(written)})
-    _write_figures(measurements, options, study.say)
-
+    _write({page: write, numbers: _json_writer(written)})
     _say(table_text(_rows(measurements, study.final.blocks), study.final.blocks))
     _say("\n" + "\n".join(f"- {sentence}" for sentence in found))
-    _say(f"\nto look at: {page}\nall numbers: {folder / 'study.json'}")
+    _say(f"\nto look at: {page}\nall numbers: {numbers}")
+    _write_figures(measurements, options, study.say)
 
 
 def _folder_of(study: Study) -> Path:
@@ -285,9 +291,9 @@ def _study_several(studies: Sequence[Study], arms: Sequence[Sequence[int]], opti
         written["differences"] = {_key(spread): spread_as_json(spread) for spread in spreads}
     path = folder / f"compared-with-{others}.json"
     _write({path: _json_writer(written)})
-    _write_figures(pictures, options, studies[0].say)
     _say("\n\n".join(texts))
     _say(f"\nall numbers: {path}")
+    _write_figures(pictures, options, studies[0].say)
 
 
 def _note(studies: Sequence[Study]) -> str:
@@ -558,7 +564,10 @@ def _write_figures(
         except UserError as reason:
             say(f"no picture of {name}: {reason}")
     say(f"drawing {len(figures)} pictures to {folder}")
-    save_all(figures)
+    try:
+        save_all(figures)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror or error})") from error
 
 
 def _count(options: Mapping[str, str], flag: str) -> int | None:

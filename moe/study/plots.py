@@ -53,6 +53,8 @@ LONG_LABEL = 12
 SUBTITLE_COLUMNS = 105
 FLOW_HEIGHT, FLOW_GAP = 480, 6
 """pixels"""
+VANISHING = 1e-9
+"""what is smaller is drawn as nothing"""
 WITHIN = 2
 LARGEST_RATIO = 4
 """log2 of the ratio to chance at which the colours of a heat map end: 16 times"""
@@ -506,6 +508,10 @@ def _draw_bars(figure: "go.Figure", panel: Panel, *, row: int, col: int, first: 
         col=col,
     )
     _dress_values(figure.update_xaxes if lies else figure.update_yaxes, panel.unit, row, col)
+    drawn = [part for part in (panel.values, panel.chance, panel.null) if part is not None]
+    if all(not np.any(np.abs(part[np.isfinite(part)]) > VANISHING) for part in drawn):
+        # Else the axis ends at the largest of them, and a chance of 1e-220 stands at the top of an empty picture.
+        (figure.update_xaxes if lies else figure.update_yaxes)(range=[0, 1], row=row, col=col)
 
 
 def _segments(

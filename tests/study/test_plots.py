@@ -111,6 +111,14 @@ def test_grouped_bars_have_the_null_over_each_bar():
     assert line.text[0] == "null 1 % ± 0.1 %"
 
 
+def test_a_vanishing_chance_does_not_set_the_scale():
+    # 64 experts and many tokens: none is dead, nor would one be by chance.
+    figure = plot(measured([0.0, 0.0], [axis("layer", 2)], chance=[6e-222, 6e-222], unit="experts"))
+    assert tuple(figure.layout.yaxis.range) == (0, 1)
+    figure = plot(measured([0.0, 3.0], [axis("layer", 2)], chance=[6e-222, 6e-222], unit="experts"))
+    assert figure.layout.yaxis.range is None
+
+
 def test_long_labels_stand_beside_bars():
     paths = Axis("path", ("3 → 4 → 12 → 0", "1 → 1 → 1 → 1"))
     (bar,) = of_type(plot(measured([0.2, 0.1], (paths,), chance=[0.01, 0.02])), "bar")

@@ -103,8 +103,9 @@ def test_without_ablation_no_expert_is_knocked_out(runs: Path, study: Command, t
     page = tmp_path / "new" / "page.html"
     _, errors = study(runs / "one", "--no-ablation", "--tokens", 64, "--out", page)
     assert page.is_file()
-    assert not (runs / "one" / "study" / "index.html").exists()
-    written = json.loads((runs / "one" / "study" / "study.json").read_text(encoding="utf-8"))
+    # A study in the run would no longer be that of the page there.
+    assert not (runs / "one" / "study").exists()
+    written = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     assert "delta_loss" not in written["measurements"]
     assert written["tokens read"] <= 64
     assert "knocking out" not in errors
@@ -134,6 +135,33 @@ def test_pictures_are_written_in_the_format_that_is_asked_for(
     study(tmp_path / "record", "--figures", tmp_path / "pictures", "--format", "png")
     assert tmp_path / "pictures" / "domain_specialisation.png" in drawn
     assert tmp_path / "pictures" / "drop_rate_by_domain.png" in drawn
+
+
+def test_pictures_that_cannot_be_written_cost_a_line_and_not_the_study(
+    records, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_record(tmp_path / "record", records.planted(2, 2, 1, n_layers=2))
+    (tmp_path / "file").write_text("no folder")
+    assert f"{tmp_path / 'file'}: cannot be written" in refused(tmp_path / "record", "--figures", tmp_path / "file")
+    assert "Entropy of the load" in capsys.readouterr().out
+    assert (tmp_path / "record-study" / "index.html").is_file()
+
+
+def test_a_router_without_k_keeps_its_knockouts(
+    runs: Path, study: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_k(*_args: object, **_settings: object) -> Measurement:
+        raise ValueError("selection top_p decides for itself how many experts a token gets: it has no k")
+
+    monkeypatch.setattr("moe.study.study.ablation.loss_by_k", no_k)
+    page = tmp_path / "page.html"
+    output, errors = study(runs / "zero", "--tokens", 64, "--ablation-tokens", 32, "--out", page)
+    assert "left out: " in errors
+    assert "it has no k" in errors
+    measured = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["measurements"]
+    assert "delta_loss" in measured
+    assert "loss_by_k" not in measured
+    assert "to look at" in output
 
 
 def test_what_fails_while_writing_leaves_the_old_study(
@@ -271,6 +299,7 @@ def test_records_of_different_tokens_are_refused(records, tmp_path: Path) -> Non
         (["nowhere"], "nowhere: there is no such folder"),
         (["."], "neither the folder of a run"),
         (["RUN", "RUN"], "given twice"),
+        (["RUN", "RUN/../zero"], "given twice"),
         (["RUN", "--tokens", "many"], "--tokens is 'many', and must be a whole number"),
         (["RUN", "--tokens", "0"], "must be 1 or more"),
         (["RUN", "--ablation-tokens", "5", "--no-ablation"], "keep one of them"),
@@ -291,7 +320,10 @@ def test_a_mistake_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     places = {"RUN": str(runs / "zero"), "OTHER": str(runs / "one")}
-    assert reason in refused(*(places.get(argument, argument) for argument in arguments))
+    first = {argument: argument.split("/")[0] for argument in arguments}
+    assert reason in refused(
+        *(argument.replace(first[argument], places.get(first[argument], first[argument]), 1) for argument in arguments)
+    )
     assert not any(tmp_path.iterdir())
 
 

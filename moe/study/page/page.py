@@ -42,8 +42,8 @@ from moe.study.record import Record
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-BRIGHTER = {LINES[0]: "#4aa3df", LINES[-1]: "#b49ae0"}
-"""of the colours of lines and bars those that are dim on a dark page"""
+BRIGHTER = {LINES[0]: "#4aa3df", LINES[4]: "#c9ebff", LINES[-1]: "#b49ae0"}
+"""of the colours of lines and bars those that are dim on a dark page, and what a brighter one comes too near to"""
 MOST_CELLS = 30_000
 """of the heat maps of one figure; of more layers, some are drawn, evenly spread"""
 TYPICAL_TOKENS = 8
@@ -290,8 +290,9 @@ def _summary(final: Record, facts: Mapping[str, str | int | float], sentences: S
         f'<section id="summary"><h1>Where tokens go in {html.escape(str(run))}{step}</h1>'
         f'<div class="tiles">{figures}</div><dl class="facts">{rows}</dl>'
         f"<h2>Findings</h2>"
-        f'<p class="reading">Computed from the measurements below, each with what chance, or shuffled data, would '
-        f'give; "no more than chance" means that it was not above that.</p><ul class="findings">{found}</ul></section>'
+        f'<p class="reading">Computed from the measurements below, each with what would be without any effect: chance '
+        f'is worked out, and null is what shuffled data gave; "no more than chance" means that it was not above that.'
+        f'</p><ul class="findings">{found}</ul></section>'
     )
 
 
@@ -326,7 +327,15 @@ def _load(page: _Page, final: Record, over_training: Sequence[Record]) -> str:
         if len(steps) > 1
         else missing("only one step is recorded, so there is no slider", "Load over training")
     )
-    return f'<p class="reading">{html.escape(measurement.reading)}</p>{slider}{picture}'
+    # The last bars are not those of the findings, and whoever compares them should know why.
+    note = (
+        f'<p class="note">These are the {records[-1].n_tokens:,} held-out tokens that are recorded during training, as '
+        f"many of each domain; all else on this page but saturation is of {final.n_tokens:,} tokens, whose domains can "
+        "have other shares, and so can their experts.</p>"
+        if same and records[-1].n_tokens != final.n_tokens
+        else ""
+    )
+    return f'<p class="reading">{html.escape(measurement.reading)}</p>{note}{slider}{picture}'
 
 
 def _domains(page: _Page, parts: Mapping[str, Measurement]) -> str:
@@ -361,7 +370,9 @@ def _interventions(page: _Page, final: Record, delta_loss: Measurement | None, l
         return knocked + missing("k was not changed", "Loss by k")
     by_k = page.drawn("loss_by_k", loss_by_k)
     trained = {layer.top_k for layer in final.layers}
-    if len(trained) == 1 and "loss_by_k" in page.figures:
+    # Where the number varies from token to token, the places of a record are the most, and no k of the model.
+    fixed = all(bool(layer.assigned.all()) for layer in final.layers)
+    if fixed and len(trained) == 1 and "loss_by_k" in page.figures:
         layout = page.figures["loss_by_k"]["layout"]
         k = trained.pop()
         line = {"type": "line", "x0": k, "x1": k, "y0": 0, "y1": 1, "yref": "paper", "line": {"color": INK, "width": 1}}
@@ -400,10 +411,17 @@ def _typical(final: Record) -> str:
         return missing("the record has no mixture layer", "Typical tokens")
     return (
         '<p class="reading">The tokens of which the largest share goes to an expert, with that share; the share of all '
-        f"tokens that it gets is what chance would give. Tokens that occur at least {minimum} times.</p>"
+        f"tokens that it gets is what chance would give.{_all_places(final)} Tokens that occur at least {minimum} "
+        "times.</p>"
         f'<p class="controls"><label>Layer <select data-shows="typical">{"".join(options)}</select></label></p>'
         + "".join(tables)
     )
+
+
+def _all_places(final: Record) -> str:
+    """Why one token can be typical of two experts, where it can."""
+    most = max(layer.top_k for layer in final.layers)
+    return f" A token has up to {most} experts, and counts for each of them." if most > 1 else ""
 
 
 def _visible(text: str) -> str:
