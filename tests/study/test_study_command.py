@@ -10,7 +10,7 @@ import pytest
 
 from moe.errors import UserError
 from moe.study.command import Row as Line
-from moe.study.command import as_json, study_command, table_text
+from moe.study.command import _idle_cores, as_json, study_command, table_text
 from moe.study.compare import match_experts
 from moe.study.measurement import Axis, Measurement
 from moe.study.recording import record_sample
@@ -325,6 +325,20 @@ def test_a_mistake_is_one_line(
         *(argument.replace(first[argument], places.get(first[argument], first[argument]), 1) for argument in arguments)
     )
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "load", "expected"),
+    [
+        (2, 2, 1.0, 2),  # only this process was at work
+        (2, 2, 2.1, 1),  # and one more
+        (2, 2, 9.0, 1),  # never none
+        (8, 16, 4.2, 8),  # 13 cores are left, and more threads than torch has are not asked for
+        (16, 16, 0.0, 16),
+    ],
+)
+def test_threads_leave_alone_the_cores_of_others(threads: int, cores: int, load: float, expected: int) -> None:
+    assert _idle_cores(threads, cores, load) == expected
 
 
 def test_help_names_every_flag(study: Command) -> None:
