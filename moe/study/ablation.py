@@ -79,7 +79,7 @@ def delta_loss(
         reading=(
             "Nats per token by which a domain's loss rises when this one expert gives nothing, its tokens' other "
             "experts staying as they are; 0 is an expert that the domain does not need, below 0 one that harms it, and "
-            "within twice the standard error over sequences (null_std) nothing was seen."
+            "within twice its standard error over sequences nothing was seen."
         ),
         values=mean,
         axes=(

@@ -135,12 +135,8 @@ def study_command(arguments: Sequence[str]) -> int:
 def _study_one(study: Study, options: Mapping[str, str], ablation_tokens: int) -> None:
     measurements = study.measurements()
     if "--no-ablation" not in options and study.run is not None:
-        try:
-            with _threads_on_idle_cores():
-                study.ablate(ablation_tokens)
-        except ValueError as reason:
-            # A router that decides for itself how many experts a token gets has no k to change: the rest is kept.
-            study.say(f"left out: {reason}")
+        with _threads_on_idle_cores():
+            study.ablate(ablation_tokens)
     found = study.findings(measurements)
     for name, ablated in (("delta_loss", study.delta_loss), ("loss_by_k", study.loss_by_k)):
         if ablated is not None:

@@ -23,7 +23,7 @@ class Axis:
     """one for each index"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measurement:
     """A metric of a record.
 
@@ -49,6 +49,13 @@ class Measurement:
     """mean of the estimate over permutations that keep the margins, of a shape that broadcasts to ``values``"""
     null_std: Array | None = None
     """its standard deviation over those permutations"""
+
+    def __repr__(self) -> str:
+        """Name and axes, and the range of the values: a notebook prints this."""
+        axes = ", ".join(f"{axis.name} {len(axis.labels)}" for axis in self.axes) or "a number"
+        finite = self.values[np.isfinite(self.values)]
+        seen = f"{finite.min():.4g} to {finite.max():.4g}" if finite.size else "nothing measured"
+        return f"<Measurement {self.name} [{axes}]: {seen}>"
 
     def __post_init__(self) -> None:
         shape = tuple(len(axis.labels) for axis in self.axes)

@@ -113,10 +113,11 @@ class Study:
         """About so many ``tokens`` of held-out text, for metrics that run the model."""
         return torch.cat([batch.tokens for batch in self.held_out(tokens)])
 
-    def ablate(self, tokens: int | None = ABLATION_TOKENS) -> tuple[Measurement, Measurement]:
+    def ablate(self, tokens: int | None = ABLATION_TOKENS) -> tuple[Measurement, Measurement | None]:
         """Knock out each expert, and try each k, on ``tokens`` of held-out text (None: all of it).
 
-        Sets ``delta_loss`` and ``loss_by_k`` and returns them. See :mod:`~moe.study.ablation`.
+        Sets ``delta_loss`` and ``loss_by_k`` and returns them; the latter is None, and a line says why, for a router
+        that decides for itself how many experts a token gets. See :mod:`~moe.study.ablation`.
         """
         model, batches = self.model().to(choose_device("auto")), self.held_out(tokens)
         domains = self.final.domains
@@ -124,8 +125,11 @@ class Study:
         self.say(f"knocking out each expert, and trying each k, on {n_tokens:,} tokens of held-out text")
         with _bar("experts knocked out", "pass") as advance:
             self.delta_loss = ablation.delta_loss(model, batches, domains, progress=advance)
-        with _bar("numbers of experts", "pass") as advance:
-            self.loss_by_k = ablation.loss_by_k(model, batches, domains, progress=advance)
+        try:
+            with _bar("numbers of experts", "pass") as advance:
+                self.loss_by_k = ablation.loss_by_k(model, batches, domains, progress=advance)
+        except ValueError as reason:  # there is no k to change
+            self.say(f"left out: {reason}")
         return self.delta_loss, self.loss_by_k
 
     def facts(self) -> dict[str, str | int | float]:
@@ -136,8 +140,9 @@ class Study:
             facts["step"] = self.final.step
         if layers:
             facts["mixture layers"] = len(layers)
+            at_most = "up to " if any(not layer.assigned.all() for layer in layers) else ""
             facts["experts"] = (
-                f"{max(layer.n_experts for layer in layers)}, {max(layer.top_k for layer in layers)} a token"
+                f"{max(layer.n_experts for layer in layers)}, {at_most}{max(layer.top_k for layer in layers)} a token"
             )
         facts["tokens read"] = self.final.n_tokens
         facts["loss"] = float(self.final.loss.mean(dtype=np.float64)) if self.final.n_tokens else math.nan
