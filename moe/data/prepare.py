@@ -135,7 +135,10 @@ def find_corpus(config: DataConfig, base: Path) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise UserError(f"data.corpus: there is no file {' nor '.join(map(str, candidates))}")
+    raise UserError(
+        f"data.corpus: there is no file {' nor '.join(map(str, candidates))}; name one, such as "
+        "configs/corpora/default.yaml of the repository: a path is taken from the configuration's folder, then from here"
+    )
 
 
 def resolve_paths(config: DataConfig, base: Path) -> DataConfig:
