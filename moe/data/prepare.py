@@ -137,7 +137,7 @@ def find_corpus(config: DataConfig, base: Path) -> Path:
             return path
     raise UserError(
         f"data.corpus: there is no file {' nor '.join(map(str, candidates))}; name one, such as "
-        "configs/corpora/default.yaml of the repository: a path is taken from the configuration's folder, then from here"
+        "configs/corpora/default.yaml of the repository (looked for in the configuration's folder, then from here)"
     )
 
 
