@@ -167,7 +167,7 @@ def test_the_corpus_file_is_relative_to_the_configuration_else_to_the_working_di
     elsewhere.mkdir()
     monkeypatch.chdir(tmp_path)
     assert prepare(_config(tmp_path), elsewhere, lambda line: None).domains == ("prose", "lists")
-    with pytest.raises(UserError, match=r"data\.corpus: no file .*configs/absent\.yaml nor absent\.yaml; name one"):
+    with pytest.raises(UserError, match=r"data\.corpus: .*no file .*configs/absent\.yaml nor absent\.yaml; name one"):
         prepare(_config(tmp_path, corpus="absent.yaml"), elsewhere, lambda line: None)
 
 
