@@ -3,7 +3,8 @@
 The fixture ``records`` holds the functions below: ``records.of``, ``records.uniform``, ``records.one_hot``, ...
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,3 +152,40 @@ class Records:
 def records() -> type[Records]:
     """Records made by hand: ``records.of([[[0, 1], [2, 3]]])`` is two tokens in one layer."""
     return Records
+
+
+# ------------------------------------------------------------------------------------------------------- a run to study
+
+CONFIGURATION = """\
+model:
+  n_layers: 2
+  d_model: 16
+  max_seq: 64
+  attention: {n_heads: 2, head_dim: 8}
+  experts: {n_experts: 4, d_ff: 8}
+data: {corpus: corpus.yaml, cache: CACHE, vocab_size: 300, sequence_length: 16, validation_bytes: 1500}
+training: {steps: 4, batch_size: 4, device: cpu, precision: fp32, checkpoint_every: 2, record_every: 2}
+"""
+
+
+def write_herds(folder: Path) -> Path:
+    """Write a corpus of sheep and goats to ``folder``, and the configuration of a run of four steps; return the latter.
+
+    The run has checkpoints after steps 2 and 4, and records at 0, 2 and 4.
+    """
+    for herd in ("sheep", "goats"):
+        (folder / herd).mkdir()
+        for number in range(30):
+            text = " ".join(f"{herd} {count} jump" for count in range(number, number + 12))
+            (folder / herd / f"{number}.txt").write_text(text)
+    (folder / "corpus.yaml").write_text(
+        "".join(f"- {{domain: {herd}, kind: files, include: {herd}/*.txt}}\n" for herd in ("sheep", "goats"))
+    )
+    (folder / "tiny.yaml").write_text(CONFIGURATION.replace("CACHE", str(folder / "cache")))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def herds() -> Callable[[Path], Path]:
+    """:func:`write_herds`, since tests cannot import a conftest."""
+    return write_herds

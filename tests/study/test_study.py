@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,36 +22,17 @@ from moe.study.storage import write_record
 from moe.study.study import METRICS, OF_THE_MODEL, Study
 from moe.training.command import main as train
 
-CONFIGURATION = """\
-model:
-  n_layers: 2
-  d_model: 16
-  max_seq: 64
-  attention: {n_heads: 2, head_dim: 8}
-  experts: {n_experts: 4, d_ff: 8}
-data: {corpus: corpus.yaml, cache: CACHE, vocab_size: 300, sequence_length: 16, validation_bytes: 1500}
-training: {steps: 4, batch_size: 4, device: cpu, precision: fp32, checkpoint_every: 2, record_every: 2}
-"""
-
 
 def quiet(line):
     pass
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, herds: Callable[[Path], Path]) -> Path:
     """Four steps over sheep and goats, with checkpoints after 2 and 4 and records at 0, 2 and 4."""
     folder = tmp_path_factory.mktemp("trained")
-    for herd in ("sheep", "goats"):
-        (folder / herd).mkdir()
-        for number in range(30):
-            text = " ".join(f"{herd} {count} jump" for count in range(number, number + 12))
-            (folder / herd / f"{number}.txt").write_text(text)
-    (folder / "corpus.yaml").write_text(
-        "".join(f"- {{domain: {herd}, kind: files, include: {herd}/*.txt}}\n" for herd in ("sheep", "goats"))
-    )
-    (folder / "tiny.yaml").write_text(CONFIGURATION.replace("CACHE", str(folder / "cache")))
-    arguments = [str(folder / "tiny.yaml"), "--run.folder", str(folder), "--run.name", "run"]
+    tiny = herds(folder)
+    arguments = [str(tiny), "--run.folder", str(folder), "--run.name", "run"]
     assert train(arguments, folder, record_sample) == 0
     return folder / "run"
 

@@ -19,16 +19,6 @@ from moe.training.command import main as train
 
 Command = Callable[..., tuple[str, str]]
 
-CONFIGURATION = """\
-model:
-  n_layers: 2
-  d_model: 16
-  max_seq: 64
-  attention: {n_heads: 2, head_dim: 8}
-  experts: {n_experts: 4, d_ff: 8}
-data: {corpus: corpus.yaml, cache: CACHE, vocab_size: 300, sequence_length: 16, validation_bytes: 1500}
-training: {steps: 4, batch_size: 4, device: cpu, precision: fp32, checkpoint_every: 2, record_every: 2}
-"""
 RUNS = {
     "zero": (),
     "one": ("--training.seed", "1"),
@@ -39,20 +29,12 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, herds: Callable[[Path], Path]) -> Path:
     """A folder of five runs of four steps: three seeds, and two of them with another learning rate."""
     folder = tmp_path_factory.mktemp("runs")
-    for herd in ("sheep", "goats"):
-        (folder / herd).mkdir()
-        for number in range(30):
-            text = " ".join(f"{herd} {count} jump" for count in range(number, number + 12))
-            (folder / herd / f"{number}.txt").write_text(text)
-    (folder / "corpus.yaml").write_text(
-        "".join(f"- {{domain: {herd}, kind: files, include: {herd}/*.txt}}\n" for herd in ("sheep", "goats"))
-    )
-    (folder / "tiny.yaml").write_text(CONFIGURATION.replace("CACHE", str(folder / "cache")))
+    tiny = herds(folder)
     for name, flags in RUNS.items():
-        arguments = [str(folder / "tiny.yaml"), "--run.folder", str(folder), "--run.name", name, *flags]
+        arguments = [str(tiny), "--run.folder", str(folder), "--run.name", name, *flags]
         assert train(arguments, folder, record_sample) == 0
     return folder
 
