@@ -73,6 +73,7 @@ CapacityScope = Literal["micro_batch", "sequence"]
 BalanceScope = Literal["sequence", "micro_batch", "global_batch"]
 BalancedChoices = Literal["all", "first"]
 Precision = Literal["auto", "fp32", "bf16"]
+Weights = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 ScheduleShape = Literal["cosine", "wsd", "constant"]
 
@@ -889,6 +890,10 @@ class ScheduleConfig:
         _in_unit_interval(self, "decay_fraction", "final_fraction")
 
 
+LARGEST_BF16_BETA2 = 0.99
+"""bfloat16 has steps of 1/256 to 1/128 of a number: what fades more slowly than half a step does not fade at all"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """One run: how long, how large a step, in what precision, and what it writes."""
@@ -905,6 +910,8 @@ class TrainingConfig:
     """auto takes a GPU if there is one"""
     precision: Precision = "auto"
     """fp32, bf16 (autocast over float32 weights; router, losses and combine stay float32), or auto: the faster here"""
+    weights: Weights = "fp32"
+    """what parameters and optimizer states are kept in; bf16 halves their memory (router and norms stay float32)"""
     compile: bool = False
     """compile each block with torch.compile"""
     activation_checkpointing: bool = False
@@ -933,6 +940,14 @@ class TrainingConfig:
             "accumulation",
             f"is {self.accumulation}, which does not divide batch_size = {self.batch_size}",
         )
+        if self.weights == "bf16":
+            require(self.precision != "fp32", "precision", "is fp32, but with training.weights bf16 there is only bf16")
+            require(
+                self.optimizer.beta2 <= LARGEST_BF16_BETA2,
+                "optimizer.beta2",
+                f"is {self.optimizer.beta2}, and must be at most {LARGEST_BF16_BETA2} with training.weights bf16: "
+                "a second moment that falls by less than 1/256 a step is rounded back to where it was",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

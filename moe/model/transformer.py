@@ -71,7 +71,7 @@ class Transformer(nn.Module):
                 x, routing = block(x, batch, previous_logits, cache)
             if routing is not None:
                 routings.append(routing)
-        return self.norm(x), routings
+        return normalise(self.norm, x), routings
 
     def num_params(self) -> int:
         """All parameters; a tied embedding counts once."""
@@ -145,8 +145,8 @@ class Block(nn.Module):
 
         ``previous_logits`` are those of the mixture before, for a router that builds on them.
         """
-        x = x + self.dropout(self.attention(self.attention_norm(x), batch.rotation, batch.visible, cache))
-        normed = self.feed_forward_norm(x)
+        x = x + self.dropout(self.attention(normalise(self.attention_norm, x), batch.rotation, batch.visible, cache))
+        normed = normalise(self.feed_forward_norm, x)
         if isinstance(self.feed_forward, MoELayer):
             y, routing = self.feed_forward(
                 normed,
@@ -160,7 +160,13 @@ class Block(nn.Module):
         return x + self.dropout(y), routing
 
 
-def norm(config: ModelConfig) -> nn.Module:
+def norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
     """The configured normalisation of the residual stream."""
     kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
     return kind(config.d_model, eps=config.norm_eps)
+
+
+def normalise(norm: nn.RMSNorm | nn.LayerNorm, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
+    """``norm(x)`` in the dtype of its gain, float32 beside weights that are bfloat16, and back to that of ``x``."""
+    normed: Tensor = norm(x.to(norm.weight.dtype))
+    return normed.to(x.dtype)
