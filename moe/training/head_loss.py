@@ -1,10 +1,14 @@
 """Cross-entropy of a linear head, computed a few rows at a time, so that no tensor of tokens × vocabulary exists.
 
 For a small model the logits are its largest tensor by far: written, normalised and read again they cost more time than
-a layer, and on a GPU most of the memory. Here a block of logits lives in the cache just long enough to give its loss
-and, at once, its gradient: for p = softmax(logits), ∂loss/∂logits = p - onehot(target).
+a layer, and on a GPU most of the memory. Here a block of logits lives just long enough to give its loss and, at once,
+its gradient: for p = softmax(logits), ∂loss/∂logits = p - onehot(target). On a CPU a block fits the cache. On a GPU it
+is as large as makes the products fast, stays in the dtype of the product, and one kernel (:mod:`.head_loss_kernel`,
+where Triton is installed) puts the gradient in its place.
 """
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,8 +17,8 @@ from torch import Tensor
 
 from moe.model.experts.weights import compute_dtype
 
-BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
-"""largest block of float32 logits: what fits a CPU's cache; on a GPU, what keeps it busy"""
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
+"""largest block of logits, counted as float32: what fits a CPU's cache; on a GPU, 8192 rows of 32768"""
 
 
 def head_loss(
@@ -40,11 +44,8 @@ def token_losses(
 ) -> Float[Tensor, "B S"]:
     """Cross-entropy of each target in nats, without a gradient."""
     dtype = compute_dtype(hidden)
-    rows, wanted = hidden.detach().flatten(0, 1).to(dtype), targets.flatten()
-    losses = [
-        _block_losses(rows[start:end] @ weight.detach().to(dtype).t(), wanted[start:end])[0]
-        for start, end in _blocks(rows, weight)
-    ]
+    rows, matrix, wanted = hidden.detach().flatten(0, 1).to(dtype), weight.detach().to(dtype), targets.flatten()
+    losses = [_losses(rows[start:end] @ matrix.t(), wanted[start:end]) for start, end in _blocks(rows, weight)]
     return torch.cat(losses).view_as(targets)
 
 
@@ -60,16 +61,10 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
         share = share.to(sum_dtype)
         for start, end in _blocks(rows, weight):
-            losses, log_probabilities = _block_losses(rows[start:end] @ matrix.t(), targets[start:end])
+            losses, gradient = _losses_and_gradient(rows[start:end] @ matrix.t(), targets[start:end], share[start:end])
             total += (losses * share[start:end]).sum()  # as a product of matrices, autocast would round it to bfloat16
-            gradient = log_probabilities.exp_()
-            gradient.scatter_add_(1, targets[start:end, None], torch.full_like(losses[:, None], -1.0))
-            gradient = gradient.mul_(share[start:end, None]).to(dtype)
             torch.mm(gradient, matrix, out=grad_rows[start:end])
-            if dtype == sum_dtype:
-                grad_weight.addmm_(gradient.t(), rows[start:end])
-            else:
-                grad_weight += gradient.t() @ rows[start:end]
+            grad_weight = _add_product(grad_weight, gradient.t(), rows[start:end])
         ctx.save_for_backward(grad_rows.to(hidden.dtype), grad_weight.to(weight.dtype))
         return total
 
@@ -85,11 +80,50 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-def _block_losses(logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"]) -> tuple[Tensor, Tensor]:
-    """Loss of each row, and log-softmax of the logits, in at least float32."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_probabilities = logits.log_softmax(dim=-1)
-    return -log_probabilities.gather(1, targets[:, None]).squeeze(1), log_probabilities
+def _losses_and_gradient(
+    logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"], share: Float[Tensor, " T"]
+) -> tuple[Float[Tensor, " T"], Float[Tensor, "T V"]]:
+    """Loss of each row, in at least float32, and the gradient of Σ share · loss in the logits' dtype (and memory)."""
+    if _kernel_takes(logits):
+        from moe.training.head_loss_kernel import losses_in_triton
+
+        return losses_in_triton(logits, targets, share), logits
+    log_probabilities = _log_softmax(logits)
+    losses = -log_probabilities.gather(1, targets[:, None]).squeeze(1)
+    gradient = log_probabilities.exp_()
+    gradient.scatter_add_(1, targets[:, None], torch.full_like(losses[:, None], -1.0))
+    return losses, gradient.mul_(share[:, None]).to(logits.dtype)
+
+
+def _losses(logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """Loss of each row, in at least float32."""
+    if _kernel_takes(logits):
+        from moe.training.head_loss_kernel import losses_in_triton
+
+        return losses_in_triton(logits, targets, None)
+    return -_log_softmax(logits).gather(1, targets[:, None]).squeeze(1)
+
+
+def _log_softmax(logits: Float[Tensor, "T V"]) -> Float[Tensor, "T V"]:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+
+
+def _kernel_takes(logits: Float[Tensor, "T V"]) -> bool:
+    return logits.is_cuda and logits.dtype != torch.float64 and _triton_is_installed()
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _add_product(total: Float[Tensor, "V D"], a: Float[Tensor, "V T"], b: Float[Tensor, "T D"]) -> Float[Tensor, "V D"]:
+    """``total`` + a b, summed in the dtype of ``total``, which is that of a and b or float32."""
+    if a.dtype == total.dtype:
+        return total.addmm_(a, b)
+    if a.is_cuda:
+        return torch.addmm(total, a, b, out_dtype=total.dtype)  # a CPU has no such product
+    return total.add_(a @ b)
 
 
 def _blocks(rows: Float[Tensor, "T D"], weight: Float[Tensor, "V D"]) -> list[tuple[int, int]]:

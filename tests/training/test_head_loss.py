@@ -1,5 +1,6 @@
 """The blockwise loss of the head is the cross-entropy of its logits: value and both gradients."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -169,3 +170,111 @@ def test_token_losses_under_autocast_are_float32() -> None:
 
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, -logits.float().log_softmax(-1).gather(2, targets[..., None])[..., 0])
+
+
+# ----------------------------------------------------------------------------------------------------------- the kernel
+
+
+@pytest.fixture
+def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter in place of a GPU, and a row of 24 in two parts, the second of them half empty."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("with a GPU, the kernel runs there")
+    monkeypatch.setattr("moe.training.head_loss_kernel.COLUMNS", 16)
+    monkeypatch.setattr(module, "_kernel_takes", lambda logits: logits.dtype != torch.float64)
+
+
+@in_blocks
+@some_scored
+def test_the_kernel_gives_value_and_gradients_of_the_logits(
+    by_kernel: None, block_of: Callable[[int], None], rows: int, masked: bool
+) -> None:
+    hidden, weight, targets, scored = example(torch.float32)
+    mask = scored if masked else None
+    block_of(rows)
+
+    loss = head_loss(hidden, weight, targets, mask)
+    exact = by_logits(hidden.double(), weight.double(), targets, mask)
+
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, (hidden, weight)),
+        torch.autograd.grad(exact, (hidden, weight)),
+        rtol=1e-5,
+        atol=1e-7,
+    )
+
+
+@some_scored
+def test_the_kernel_in_bfloat16_is_as_good_as_bfloat16(
+    by_kernel: None, block_of: Callable[[int], None], masked: bool
+) -> None:
+    """The loss of bfloat16 logits in float32; a gradient that was rounded to 1/256 before two products."""
+    hidden, weight, targets, scored = (tensor.detach() for tensor in example(torch.bfloat16))
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    mask = scored if masked else None
+    block_of(3)
+
+    loss = head_loss(hidden, weight, targets, mask)
+    of_rounded_logits = F.cross_entropy(
+        (hidden @ weight.t()).double().flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    exact = by_logits(hidden.double(), weight.double(), targets, mask)
+
+    torch.testing.assert_close(
+        loss.double(), of_rounded_logits[mask.flatten() if masked else slice(None)].mean(), rtol=1e-6, atol=0
+    )
+    for gradient, reference in zip(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(exact, (hidden, weight)), strict=True
+    ):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient - reference).norm() < 0.01 * reference.norm()
+
+
+def test_the_kernel_leaves_logits_alone_where_no_gradient_is_wanted(by_kernel: None) -> None:
+    hidden, weight, targets, _ = example(torch.float32)
+    logits = (hidden @ weight.t()).detach().flatten(0, 1)
+    before = logits.clone()
+
+    losses = module._losses(logits, targets.flatten())
+
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(losses.double(), F.cross_entropy(before.double(), targets.flatten(), reduction="none"))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_in_the_kernel(by_kernel: None, poison: float) -> None:
+    hidden, weight, targets, _ = example(torch.float32)
+    with torch.no_grad():
+        hidden[0, 0, 0] = poison
+
+    assert not head_loss(hidden, weight, targets).isfinite()
+
+
+def test_the_kernel_takes_no_row_at_all(by_kernel: None) -> None:
+    assert module._losses(torch.zeros(0, VOCABULARY), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("vocabulary", [1000, 32768, 50257])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, vocabulary: int, dtype: torch.dtype) -> None:
+    """Several blocks, the last one shorter, against all logits in float64."""
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 701, 64, device="cuda").to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, 64, device="cuda").mul(0.3).to(dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (3, 701), device="cuda")
+    monkeypatch.setitem(module.BLOCK_BYTES, "cuda", 4 * vocabulary * 1000)
+
+    loss = head_loss(hidden, weight, targets)
+    actual = torch.autograd.grad(loss, (hidden, weight))
+    exact = by_logits(hidden.double(), weight.double(), targets, None)
+    expected = torch.autograd.grad(exact, (hidden, weight))
+
+    error = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    assert float((loss - exact).abs()) < 1e-3 * float(exact)
+    for gradient, reference in zip(actual, expected, strict=True):
+        assert float((gradient - reference).norm()) < error * float(reference.norm())
+    torch.testing.assert_close(token_losses(hidden, weight, targets).mean(), loss.detach(), rtol=1e-5, atol=0)
