@@ -1,41 +1,34 @@
 """The training of one run, from top to bottom: step, log, evaluate, save, until it is done or told to stop."""
 
 import hashlib
-import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import deque
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from moe.config import Config, Precision, TrainingConfig
 from moe.data.batches import Batches
 from moe.data.prepare import PreparedCorpus
 from moe.errors import UserError
 from moe.model.balance import adapted_coefficient
-from moe.model.moe_layer import MoELayer
-from moe.model.router import Router
-from moe.model.router.selection_bias import proportional_update, quantile_update, sign_update
-from moe.model.routing import LoadSummary, summarise_layers
+from moe.model.routing import LoadSummary
 from moe.model.transformer import Transformer
+from moe.model.weight_dtype import keep_weights
 from moe.parallel.world import World
 from moe.training import checkpoint
 from moe.training.checkpoint import Checkpoint
 from moe.training.console import Console
 from moe.training.evaluate import Validation, validate
-from moe.training.head_loss import head_loss
 from moe.training.interrupt import StopSignal
-from moe.training.machine import autocast
 from moe.training.metrics import MetricsLog
-from moe.training.objective import StepCounts, compose
 from moe.training.optimizer import build_optimizer
 from moe.training.run_folder import RunFolder
 from moe.training.schedule import learning_rate
+from moe.training.step import MicroBatch, Step, StepInFlight, TrainingStep
 
 BAD_STEPS_IN_A_ROW = 10
 """So many losses or gradients in a row that are not finite end the run."""
@@ -80,32 +73,6 @@ class Progress:
     """what the coefficient of the sparsity loss has become (ReMoE); 0 without that loss"""
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step saw, on all ranks together."""
-
-    losses: dict[str, float]
-    """lm_loss, the mean cross-entropy in nats per token, and each auxiliary loss, unweighted, on its own scale and as
-    ``<name>/common`` on the common one; with a sparsity loss, also its coefficient and the share of gates that are off
-    """
-    gradient_norm: float
-    """norm of the whole gradient, before clipping"""
-    learning_rate: float
-    skipped: bool
-    """whether there was no update, because a loss or the gradient was not finite"""
-    counts: Int[Tensor, "L E"] | None
-    """assignments to each expert of each mixture layer; None without one"""
-    dropped: list[int]
-    """dropped assignments of each mixture layer"""
-    mlps_per_token: list[float]
-    """expert MLPs that computed a token, on average, of each mixture layer"""
-
-    @property
-    def load(self) -> list[LoadSummary]:
-        """The load of each mixture layer over the whole batch."""
-        return summarise_layers(self.counts, self.dropped)
-
-
 class Training:
     """One run in one process: ``Training(...).run()``. All ranks construct it alike; the first writes and speaks."""
 
@@ -131,10 +98,14 @@ class Training:
         self.device, self.world, self.console = device, world, console
         self.precision = settings.precision
         self.micro_batch = require_divisible(settings, world.size)
-        self.model = Transformer(config.model, settings.seed).to(device)
+        self.model = Transformer(config.model, settings.seed)
+        keep_weights(self.model, settings.weights)
+        self.model.to(device)
         self.model.activation_checkpointing = settings.activation_checkpointing
-        self.routers = routers_of(self.model)
         self.optimizer = build_optimizer(self.model, settings.optimizer)
+        self.step_on = TrainingStep(
+            self.model, self.optimizer, precision=self.precision, clip=settings.optimizer.clip, world=world
+        )
         if settings.compile:
             for block in self.model.blocks:
                 block.compile()
@@ -153,6 +124,11 @@ class Training:
             self.progress = Progress(**resume.progress)
             # Where the loss is new to a resumed run, it starts as in a fresh one.
             self.progress.sparsity_coefficient = self.progress.sparsity_coefficient or config.model.balance.sparsity
+        # On a GPU the host reads a step's numbers while the next is computed, unless that one depends on them.
+        self._steps_ahead = 1 if device.type == "cuda" and not config.model.balance.sparsity else 0
+        self._in_flight: deque[StepInFlight] = deque()
+        self._seen = 0.0
+        """when the latest step was seen to be done, or the first in flight was begun"""
         self.recorder = recorder
         self.resumed = resume is not None
         self.saved_step = self.progress.step if self.resumed else -1
@@ -179,23 +155,25 @@ class Training:
                     )
                 self.console.start()
                 while True:
-                    with self.console.pause():
-                        if self._validation_is_due():
-                            self._validate(log, signal)
-                        self._record_if_due()
-                        stop = self._on_any_rank(signal.received is not None)
-                        finished = self.progress.step >= settings.steps
-                        # Weights that give no finite loss are kept from replacing a checkpoint that may be better.
-                        due = self.progress.step % settings.checkpoint_every == 0 and not self.progress.skipped_in_a_row
-                        if stop or finished or due:
-                            self.save()
-                    if finished:
-                        return not self._validation_is_due()
-                    if stop:
-                        return False
-                    started = time.perf_counter()
-                    step = self.take_step()
-                    self._count_and_log(step, time.perf_counter() - started, log)
+                    stop = self._on_any_rank(signal.received is not None)
+                    if stop or self._is_due():
+                        self._catch_up(log)
+                        with self.console.pause():
+                            if self._validation_is_due():
+                                self._validate(log, signal)
+                            self._record_if_due()
+                            stop = stop or self._on_any_rank(signal.received is not None)
+                            finished = self.progress.step >= settings.steps
+                            # Weights that give no finite loss are kept from replacing a checkpoint that may be better.
+                            bad = self.progress.skipped_in_a_row > 0
+                            if stop or finished or (self.progress.step % settings.checkpoint_every == 0 and not bad):
+                                self.save()
+                        if finished:
+                            return not self._validation_is_due()
+                        if stop:
+                            return False
+                    self._launch_step()
+                    self._catch_up(log, leave=self._steps_ahead)
         finally:
             if log is not None:
                 log.close()
@@ -209,57 +187,43 @@ class Training:
         Dropout and noise draw from a generator seeded by (seed, step, first row of the micro-batch). So there is no
         state to carry over, and R ranks draw what one process draws that takes as many times the micro-batches.
         """
-        settings, step = self.config.training, self.progress.step
-        balance, router = self.config.model.balance, self.config.model.router
-        rate = learning_rate(settings.schedule, settings.optimizer.lr, step, settings.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.model.train()
-        counts = StepCounts(self.world, choices=balance.choices, keep_logits=router.selection_bias == "quantile")
-        parts: dict[str, Tensor] = {}
-        total = torch.zeros((), device=self.device)
-        for micro in range(settings.accumulation):
-            first_row = (micro * self.world.size + self.world.rank) * self.micro_batch
-            batch = self.batches.rows(step, first_row, first_row + self.micro_batch)
-            torch.manual_seed(_seed_of(settings.seed, step, first_row))
-            with autocast(self.device, self.precision):
-                hidden, routings = self.model.hidden(batch.tokens.to(self.device))
-                targets = batch.targets.to(self.device)
-                lm = head_loss(hidden, self.model.head.weight, targets)
-            objective = compose(
-                lm,
-                routings,
-                balance,
-                counts,
-                router=router,
-                router_weights=[router.weight for router in self.routers],
-                sparsity_coefficient=self.progress.sparsity_coefficient,
-            )
-            torch.autograd.backward(objective.total / settings.accumulation)
-            total = total + objective.total.detach()
-            for name, value in {"lm_loss": objective.lm, **objective.auxiliary}.items():
-                parts[name] = parts.get(name, 0) + value.detach() / settings.accumulation
-        self.world.average_gradients(self.model)
-        gradient_norm = self._clip_gradients()
-        means = self.world.sum(torch.stack([*parts.values()])) / self.world.size
-        total = self.world.sum(total)
-        finite = math.isfinite(float(gradient_norm)) and math.isfinite(float(total))
-        losses = dict(zip(parts, means.tolist(), strict=True))
-        if finite:
-            self.optimizer.step()
-            update_selection_biases(self.routers, counts)
-        if "sparsity" in losses:
-            losses |= self._adapt_sparsity(counts, update=finite)
-        self.optimizer.zero_grad(set_to_none=True)
-        return Step(
-            losses=losses,
-            gradient_norm=float(gradient_norm),
-            learning_rate=rate,
-            skipped=not finite,
-            counts=None if counts.counts is None else counts.over_ranks().cpu(),
-            dropped=[] if counts.dropped is None else self.world.sum(counts.dropped).tolist(),
-            mlps_per_token=counts.mlps_per_token(),
+        return self._finish(self._begin_step())
+
+    def _begin_step(self) -> StepInFlight:
+        settings, step = self.config.training, self.progress.step + len(self._in_flight)
+        rows = [
+            (micro * self.world.size + self.world.rank) * self.micro_batch for micro in range(settings.accumulation)
+        ]
+        micro_batches = (self._micro_batch(step, row, _seed_of(settings.seed, step, row)) for row in rows)
+        return self.step_on(
+            micro_batches,
+            learning_rate(settings.schedule, settings.optimizer.lr, step, settings.steps),
+            accumulation=settings.accumulation,
+            sparsity_coefficient=self.progress.sparsity_coefficient,
         )
+
+    def _micro_batch(self, step: int, first_row: int, seed: int) -> MicroBatch:
+        batch = self.batches.rows(step, first_row, first_row + self.micro_batch)
+        return MicroBatch(batch.tokens, batch.targets, seed)
+
+    def _finish(self, in_flight: StepInFlight) -> Step:
+        """What the step saw, once it is done, with the sparsity loss's coefficient steered by it."""
+        step = in_flight.read()
+        return replace(step, losses=step.losses | self._adapt_sparsity(step)) if "sparsity" in step.losses else step
+
+    def _launch_step(self) -> None:
+        """Give the device its next step, without waiting for it."""
+        if not self._in_flight:
+            self._seen = time.perf_counter()
+        self._in_flight.append(self._begin_step())
+
+    def _catch_up(self, log: MetricsLog | None, leave: int = 0) -> None:
+        """Read, count and log all steps in flight but the ``leave`` newest."""
+        while len(self._in_flight) > leave:
+            step = self._finish(self._in_flight.popleft())
+            now = time.perf_counter()
+            self._count_and_log(step, now - self._seen, log)
+            self._seen = now
 
     def save(self) -> None:
         """Write the checkpoint of this step, unless it is there; before the first step there is nothing to save."""
@@ -277,12 +241,12 @@ class Training:
         self.saved_step = self.progress.step
         self.world.wait()
 
-    def _adapt_sparsity(self, counts: StepCounts, update: bool) -> dict[str, float]:
+    def _adapt_sparsity(self, step: Step) -> dict[str, float]:
         """Steer the sparsity loss's coefficient by the gates of the whole step; return what this step had."""
-        on = counts.over_ranks()
-        per_expert = int(counts.tokens_over_ranks()) * on.shape[0]
-        coefficient, gates_on = self.progress.sparsity_coefficient, int(on.sum())
-        if update:
+        assert step.counts is not None
+        per_expert = step.tokens * step.counts.shape[0]
+        coefficient, gates_on = self.progress.sparsity_coefficient, int(step.counts.sum())
+        if not step.skipped:
             adapted = adapted_coefficient(
                 coefficient,
                 self.config.model.balance.sparsity_rate,
@@ -293,16 +257,14 @@ class Training:
             self.progress.sparsity_coefficient = max(adapted, sys.float_info.min)
         return {
             "sparsity/coefficient": coefficient,
-            "sparsity/off": 1 - gates_on / max(1, per_expert * on.shape[1]),
+            "sparsity/off": 1 - gates_on / max(1, per_expert * step.counts.shape[1]),
         }
 
-    def _clip_gradients(self) -> Tensor:
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        limit = self.config.training.optimizer.clip
-        if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
-        return norm
+    def _is_due(self) -> bool:
+        """Whether, after the steps so far, there is more to do than the next."""
+        settings, step = self.config.training, self.progress.step + len(self._in_flight)
+        every = (settings.evaluate_every, settings.checkpoint_every, settings.record_every)
+        return step >= settings.steps or any(step % steps == 0 for steps in every if steps is not None)
 
     def _validation_is_due(self) -> bool:
         step, settings = self.progress.step, self.config.training
@@ -408,27 +370,6 @@ def load_values(layers: list[int], load: list[LoadSummary], mlps_per_token: list
         for layer, summary, mlps in zip(layers, load, mlps_per_token, strict=True)
         for name, value in (asdict(summary) | {"mlps_per_token": mlps}).items()
     }
-
-
-def routers_of(model: Transformer) -> list[Router]:
-    """The router of each mixture layer, first layer first; none in the dense twin."""
-    return [block.feed_forward.router for block in model.blocks if isinstance(block.feed_forward, MoELayer)]
-
-
-def update_selection_biases(routers: Sequence[Router], counts: StepCounts) -> None:
-    """Move every selection bias, once an optimizer step, by what ``counts`` saw on all ranks; no bias, nothing."""
-    if all(router.selection_bias is None for router in routers):
-        return
-    for layer, (router, load) in enumerate(zip(routers, counts.over_ranks(), strict=True)):
-        bias, rule = router.selection_bias, router.config.selection_bias
-        if bias is None:
-            continue
-        if rule == "sign":
-            sign_update(bias, load, router.config.bias_step)
-        elif rule == "proportional":
-            proportional_update(bias, load, router.config.bias_step, router.n_special)
-        elif rule == "quantile":
-            quantile_update(bias, counts.logits_over_ranks(layer), router.config.top_k)
 
 
 def _seed_of(seed: int, step: int, first_row: int) -> int:

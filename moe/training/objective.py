@@ -184,12 +184,15 @@ class StepCounts:
         assert self.tokens is not None
         return self.world.sum(self.tokens)
 
-    def mlps_per_token(self) -> list[float]:
-        """MLPs that computed a token so far, on average over all ranks, of each mixture layer; empty without one."""
-        if self.computed is None:
-            return []
-        means: list[float] = (self.world.sum(self.computed).double() / self.tokens_over_ranks()).tolist()
-        return means
+    def dropped_over_ranks(self) -> Int[Tensor, " L"]:
+        """The dropped assignments so far, on all ranks."""
+        assert self.dropped is not None
+        return self.world.sum(self.dropped)
+
+    def computed_over_ranks(self) -> Int[Tensor, " L"]:
+        """The assignments so far that an MLP computed, on all ranks."""
+        assert self.computed is not None
+        return self.world.sum(self.computed)
 
     def logits_over_ranks(self, layer: int) -> Float[Tensor, "T E"]:
         """The logits of all real tokens so far, on all ranks, of one mixture layer (from 0)."""

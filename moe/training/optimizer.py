@@ -1,7 +1,10 @@
 """AdamW with parameter groups that are decided, and checked, by name."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from moe.config import OptimizerConfig
 
@@ -48,3 +51,22 @@ def parameter_groups(model: nn.Module, decay_router: bool) -> dict[str, dict[str
         else:
             raise ValueError(f"no rule says whether {name} takes weight decay")
     return groups
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
+    """The norm of the gradients of all ``parameters`` together, in at least float32."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    precise = [gradient for gradient in gradients if gradient.dtype in (torch.float32, torch.float64)]
+    rounded = [gradient for gradient in gradients if gradient.dtype not in (torch.float32, torch.float64)]
+    norm = torch.nn.utils.get_total_norm(precise)
+    if not rounded:
+        return norm
+    # torch would return, and add up, the norm of each bfloat16 gradient in bfloat16: two digits.
+    norms = torch._foreach_norm(rounded, 2, torch.float32)
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]), *norms]))
+    return total
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Float[Tensor, ""]) -> None:
+    """Scale all gradients, whose ``norm`` this is, such that it is at most ``limit``; the host is not asked."""
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,13 +28,15 @@ from moe.model.routing import Routing
 from moe.parallel.world import World, join_world, leave_world
 from moe.study.recording import record_sample
 from moe.study.storage import read_record
-from moe.training import checkpoint, loop
+from moe.training import checkpoint
+from moe.training import step as step_module
 from moe.training.console import Console
 from moe.training.evaluate import validate
-from moe.training.loop import Training, update_selection_biases
+from moe.training.loop import Training
 from moe.training.metrics import read_metrics
 from moe.training.objective import StepCounts
 from moe.training.run_folder import RunFolder
+from moe.training.step import update_selection_biases
 
 Begin = Callable[..., Training]
 Overrides = Mapping[str, object]
@@ -78,7 +80,7 @@ def send_in_the_middle_of(training: Training, step: int, number: signal.Signals,
     """A signal to this process during a forward pass of step ``step`` (from 1), or of the validation before it."""
 
     def send(*_: object) -> None:
-        if training.progress.step == step - 1 and training.model.training is not validating:
+        if computed(training) == step and training.model.training is not validating:
             handle.remove()
             os.kill(os.getpid(), number)
 
@@ -88,7 +90,12 @@ def send_in_the_middle_of(training: Training, step: int, number: signal.Signals,
 def poison_gradient(training: Training, steps: range | list[int], value: float = math.nan) -> None:
     """Put ``value`` into the gradient of one matrix in these steps (from 1)."""
     matrix = training.model.blocks[0].attention.query.weight
-    matrix.register_hook(lambda gradient: gradient + value if training.progress.step + 1 in steps else gradient)
+    matrix.register_hook(lambda gradient: gradient + value if computed(training) in steps else gradient)
+
+
+def computed(training: Training) -> int:
+    """The step (from 1) that is being computed, or would be next."""
+    return training.progress.step + len(training._in_flight) + 1
 
 
 # -------------------------------------------------------------------------------------------------------- stop, resume
@@ -199,6 +206,46 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(begin: Begin) -> None:
     assert rows(longer, "train") == rows(straight, "train")
 
 
+@pytest.mark.parametrize("poisoned", [[], [3, 5, 12]], ids=["good", "three steps bad"])
+def test_numbers_that_are_read_a_step_late_are_the_same(begin: Begin, poisoned: list[int]) -> None:
+    """As on a GPU, which computes the next step meanwhile: same rows, weights and checkpoints, stopped on the way."""
+    often = HARD | {"training.checkpoint_every": 4, "training.keep_checkpoints": 9}
+    straight = begin("straight", often)
+    poison_gradient(straight, poisoned)
+    assert straight.run()
+
+    late = begin("late", often)
+    ahead = []
+    launch = late._launch_step
+    late._launch_step = lambda: (launch(), ahead.append(len(late._in_flight)))
+    late._steps_ahead = 1
+    poison_gradient(late, poisoned)
+    send_in_the_middle_of(late, 7, signal.SIGTERM)
+    assert not late.run()
+    late = begin("late", often, resume=True)
+    late._steps_ahead = 1
+    poison_gradient(late, poisoned)
+    assert late.run()
+
+    assert max(ahead) == 2
+    assert rows(late) == rows(straight)
+    assert asdict(late.progress) | {"seconds": 0} == asdict(straight.progress) | {"seconds": 0}
+    assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(late).items())
+    steps = [checkpoint.newest(run.run_folder.checkpoints_path, print).step for run in (late, straight)]
+    assert steps == [12, 12]
+    folders = {path.name for path in straight.run_folder.checkpoints_path.iterdir()}
+    assert folders <= {path.name for path in late.run_folder.checkpoints_path.iterdir()}
+
+
+def test_ten_bad_steps_end_a_run_that_reads_late(begin: Begin) -> None:
+    training = begin()
+    training._steps_ahead = 1
+    poison_gradient(training, range(1, 13))
+
+    with pytest.raises(UserError, match=r"10 steps in a row .*; there is no checkpoint"):
+        training.run()
+
+
 def test_checkpoints_come_when_they_are_due(begin: Begin) -> None:
     training = begin(overrides={"training.checkpoint_every": 3, "training.keep_checkpoints": 3, "training.steps": 11})
     training.run()
@@ -233,8 +280,8 @@ def test_a_step_that_is_not_finite_changes_nothing(
     if where == "gradient":
         poison_gradient(training, [1], value)
     else:
-        real = loop.head_loss
-        monkeypatch.setattr(loop, "head_loss", lambda *arguments: real(*arguments) * value)
+        real = step_module.head_loss
+        monkeypatch.setattr(step_module, "head_loss", lambda *arguments: real(*arguments) * value)
 
     step = training.take_step()
 
@@ -413,7 +460,7 @@ def test_the_loss_falls(begin: Begin) -> None:
 
 
 def biases(training: Training) -> list[Tensor]:
-    return [router.selection_bias.clone() for router in training.routers]
+    return [router.selection_bias.clone() for router in training.step_on.routers]
 
 
 def test_a_step_moves_every_bias_by_the_sign_of_its_layers_error(begin: Begin) -> None:
@@ -493,7 +540,7 @@ def test_a_quantile_evens_out_a_skewed_load(begin: Begin) -> None:
             name, router | {"model.router.bias": True, "training.steps": 40, "training.optimizer.lr": 1e-6}
         )
         with torch.no_grad():
-            for own in training.routers:
+            for own in training.step_on.routers:
                 own.bias[0] += 3.0
         loads = []
         for _ in range(40):

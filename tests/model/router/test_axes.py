@@ -17,8 +17,8 @@ from moe.model.routing import Routing
 from moe.model.transformer import Transformer
 from moe.parallel.world import World
 from moe.presets import build, presets
-from moe.training.loop import routers_of, update_selection_biases
 from moe.training.objective import StepCounts, compose
+from moe.training.step import routers_of, update_selection_biases
 
 VALUES: dict[str, list[object]] = {
     "router.top_k": [1, 2, 4],

@@ -1,0 +1,217 @@
+"""One optimizer step: from the tokens of its micro-batches to new weights.
+
+Nothing on the way waits for the device. Whether a step is good is decided there, and what it saw is sent to the host,
+which may read it while the next step is computed.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe.config import Precision
+from moe.model.moe_layer import MoELayer
+from moe.model.router import Router
+from moe.model.router.selection_bias import proportional_update, quantile_update, sign_update
+from moe.model.routing import LoadSummary, summarise_layers
+from moe.model.transformer import Transformer
+from moe.parallel.world import World
+from moe.training.gpu import Transfer, preferred_attention, to_device
+from moe.training.head_loss import head_loss
+from moe.training.machine import autocast
+from moe.training.objective import StepCounts, compose
+from moe.training.optimizer import clip_gradients, gradient_norm
+
+
+class MicroBatch(NamedTuple):
+    """What one rank computes at once of a step."""
+
+    tokens: Int[Tensor, "B S"]
+    targets: Int[Tensor, "B S"]
+    """the token after each"""
+    seed: int | None = None
+    """seeds dropout and noise; None: they go on drawing where they are"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step saw, on all ranks together."""
+
+    losses: dict[str, float]
+    """lm_loss, the mean cross-entropy in nats per token, and each auxiliary loss, unweighted, on its own scale and as
+    ``<name>/common`` on the common one; with a sparsity loss, also its coefficient and the share of gates that are off
+    """
+    gradient_norm: float
+    """norm of the whole gradient, before clipping"""
+    learning_rate: float
+    skipped: bool
+    """whether there was no update, because a loss or the gradient was not finite"""
+    tokens: int
+    """real tokens that were routed; 0 without a mixture"""
+    counts: Int[Tensor, "L E"] | None
+    """assignments to each expert of each mixture layer; None without one"""
+    dropped: list[int]
+    """dropped assignments of each mixture layer"""
+    mlps_per_token: list[float]
+    """expert MLPs that computed a token, on average, of each mixture layer"""
+
+    @property
+    def load(self) -> list[LoadSummary]:
+        """The load of each mixture layer over the whole batch."""
+        return summarise_layers(self.counts, self.dropped)
+
+
+class TrainingStep:
+    """The optimizer steps of ``model``: call it with the micro-batches of each.
+
+    ``optimizer`` holds the model's parameters and must know ``found_inf``, as torch's fused ones do: a tensor that is 1
+    where the step is to change nothing. ``clip`` is the largest norm of the whole gradient (None: no clipping).
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Precision,
+        clip: float | None,
+        world: World | None = None,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.precision, self.clip = precision, clip
+        self.world = World() if world is None else world
+        self.routers = routers_of(model)
+        self.device = model.embedding.weight.device
+
+    def __call__(
+        self,
+        micro_batches: Iterable[MicroBatch],
+        learning_rate: float,
+        *,
+        accumulation: int = 1,
+        sparsity_coefficient: float | None = None,
+    ) -> "StepInFlight":
+        """Forward and backward of ``accumulation`` micro-batches, clip, update; return what will be known of it.
+
+        A loss or gradient that is not finite on any rank leaves the weights, the optimizer and the selection biases of
+        all ranks as they were. ``sparsity_coefficient`` is what that of the sparsity loss has become.
+        """
+        balance, router = self.model.config.balance, self.model.config.router
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.model.train()
+        counts = StepCounts(self.world, choices=balance.choices, keep_logits=router.selection_bias == "quantile")
+        parts: dict[str, Tensor] = {}
+        total = torch.zeros((), device=self.device)
+        for batch in micro_batches:
+            if batch.seed is not None:
+                torch.manual_seed(batch.seed)
+            tokens, targets = to_device(batch.tokens, self.device), to_device(batch.targets, self.device)
+            with autocast(self.device, self.precision), preferred_attention(self.device):
+                hidden, routings = self.model.hidden(tokens)
+                lm = head_loss(hidden, self.model.head.weight, targets)
+            objective = compose(
+                lm,
+                routings,
+                balance,
+                counts,
+                router=router,
+                router_weights=[router.weight for router in self.routers],
+                sparsity_coefficient=sparsity_coefficient,
+            )
+            torch.autograd.backward(objective.total / accumulation)
+            total = total + objective.total.detach()
+            for name, value in {"lm_loss": objective.lm, **objective.auxiliary}.items():
+                parts[name] = parts.get(name, 0) + value.detach() / accumulation
+        self.world.average_gradients(self.model)
+        norm = gradient_norm(self.model.parameters())
+        if self.clip is not None:
+            clip_gradients(self.model.parameters(), self.clip, norm)
+        means = self.world.sum(torch.stack([*parts.values()])) / self.world.size
+        total = self.world.sum(total)
+        finite = norm.isfinite() & total.isfinite()
+        self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        update_selection_biases(self.routers, counts, finite)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepInFlight([*parts], means, norm, total, counts, learning_rate)
+
+
+class StepInFlight:
+    """An optimizer step that the device may still be computing; its numbers are on their way to the host."""
+
+    def __init__(
+        self,
+        names: list[str],
+        means: Float[Tensor, " P"],
+        norm: Float[Tensor, ""],
+        total: Float[Tensor, ""],
+        counts: StepCounts,
+        learning_rate: float,
+    ) -> None:
+        """``means`` are the parts of the loss, called ``names``; ``total`` is their weighted sum."""
+        self._names, self._learning_rate = names, learning_rate
+        numbers = [means, norm, total]
+        self._shape: tuple[int, int] | None = None
+        if counts.counts is not None:
+            load = counts.over_ranks()
+            self._shape = (load.shape[0], load.shape[1])
+            numbers += [load, counts.dropped_over_ranks(), counts.computed_over_ranks(), counts.tokens_over_ranks()]
+        # One transfer, in float64, which holds every float32 and every count below 2⁵³.
+        self._transfer = Transfer(torch.cat([number.detach().double().flatten() for number in numbers]))
+
+    def read(self) -> Step:
+        """The step's numbers; waits until it is done."""
+        numbers = iter(self._transfer.read())
+        losses = {name: next(numbers) for name in self._names}
+        norm, total = next(numbers), next(numbers)
+        tokens, counts, dropped, computed = 0, None, [], []
+        if self._shape is not None:
+            layers, experts = self._shape
+            counts = torch.tensor([[int(next(numbers)) for _ in range(experts)] for _ in range(layers)])
+            dropped = [int(next(numbers)) for _ in range(layers)]
+            computed = [next(numbers) for _ in range(layers)]
+            tokens = int(next(numbers))
+        return Step(
+            losses=losses,
+            gradient_norm=norm,
+            learning_rate=self._learning_rate,
+            skipped=not (math.isfinite(norm) and math.isfinite(total)),
+            tokens=tokens,
+            counts=counts,
+            dropped=dropped,
+            mlps_per_token=[mlps / tokens for mlps in computed],
+        )
+
+
+def routers_of(model: Transformer) -> list[Router]:
+    """The router of each mixture layer, first layer first; none in the dense twin."""
+    return [block.feed_forward.router for block in model.blocks if isinstance(block.feed_forward, MoELayer)]
+
+
+def update_selection_biases(
+    routers: Sequence[Router], counts: StepCounts, wanted: Bool[Tensor, ""] | None = None
+) -> None:
+    """Move every selection bias, once an optimizer step, by what ``counts`` saw on all ranks; no bias, nothing.
+
+    Where ``wanted`` is False, at the end they are as they were; the host need not know.
+    """
+    if all(router.selection_bias is None for router in routers):
+        return
+    for layer, (router, load) in enumerate(zip(routers, counts.over_ranks(), strict=True)):
+        bias, rule = router.selection_bias, router.config.selection_bias
+        if bias is None:
+            continue
+        before = bias.clone()
+        if rule == "sign":
+            sign_update(bias, load, router.config.bias_step)
+        elif rule == "proportional":
+            proportional_update(bias, load, router.config.bias_step, router.n_special)
+        elif rule == "quantile":
+            quantile_update(bias, counts.logits_over_ranks(layer), router.config.top_k)
+        if wanted is not None:
+            bias.copy_(torch.where(wanted, bias, before))
