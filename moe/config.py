@@ -15,7 +15,7 @@ from typing import Any, Literal
 NormKind = Literal["rmsnorm", "layernorm"]
 Activation = Literal["swiglu", "swiglu_clamped", "gelu", "relu"]
 QKNorm = Literal["none", "head", "full"]
-ExpertBackend = Literal["auto", "reference", "grouped", "segments"]
+ExpertBackend = Literal["auto", "reference", "grouped", "segments", "fused"]
 Preset = Literal[
     "shazeer",
     "gshard",
@@ -208,7 +208,7 @@ class ExpertsConfig:
     first_dense: int = 0
     """the first n blocks are dense whatever `every` says"""
     backend: ExpertBackend = "auto"
-    """how experts are computed: auto (by device), reference (loop), grouped (torch grouped_mm), segments (CPU)"""
+    """how experts are computed: auto (the fastest here), reference (loop), grouped, segments (CPU), fused (Triton)"""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "n_experts", "d_ff", "every")

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.config import ExpertBackend, ExpertsConfig, FeedForwardConfig
-from moe.model.experts import grouped, segments
+from moe.model.experts import fused, grouped, segments
+from moe.model.experts.fused import fused_experts
 from moe.model.experts.grouped import grouped_experts
 from moe.model.experts.reference import one_expert, reference_experts
 from moe.model.experts.segments import segment_experts
@@ -19,16 +20,17 @@ from moe.model.experts.weights import ExpertWeights
 from moe.model.feed_forward import input_width
 from moe.model.routing import Routing
 
-__all__ = ["ExpertWeights", "Experts", "grouped_experts", "reference_experts", "segment_experts"]
+__all__ = ["ExpertWeights", "Experts", "fused_experts", "grouped_experts", "reference_experts", "segment_experts"]
 
 Backend = Callable[[Tensor, Routing, ExpertWeights], Tensor]
 _BACKENDS: dict[str, Backend] = {
     "reference": reference_experts,
     "grouped": grouped_experts,
+    "fused": fused_experts,
     # Segments read their lengths on the host, which torch.compile cannot trace: it compiles around them.
     "segments": torch.compiler.disable(segment_experts),  # type: ignore[no-untyped-call]
 }
-_UNSUPPORTED = {"grouped": grouped.unsupported, "segments": segments.unsupported}
+_UNSUPPORTED = {"grouped": grouped.unsupported, "segments": segments.unsupported, "fused": fused.unsupported}
 
 
 class Experts(nn.Module):
@@ -61,11 +63,12 @@ class Experts(nn.Module):
 def choose_backend(wanted: ExpertBackend, x: Tensor, weights: ExpertWeights) -> ExpertBackend:
     """The back-end to use on ``x``: the one wanted if it fits, else the reference loop, with a warning that says why.
 
-    ``auto`` takes ``segments`` on a CPU and ``grouped`` elsewhere.
+    ``auto`` takes ``segments`` on a CPU, and elsewhere ``fused`` where its kernels run and ``grouped`` where not.
     """
     backend: ExpertBackend = wanted
     if wanted == "auto":
-        backend = "segments" if x.device.type == "cpu" else "grouped"
+        on_gpu: ExpertBackend = "grouped" if fused.unsupported(x, weights) else "fused"
+        backend = "segments" if x.device.type == "cpu" else on_gpu
     reason = _UNSUPPORTED[backend](x, weights) if backend in _UNSUPPORTED else None
     if reason is None:
         return backend
