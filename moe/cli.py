@@ -179,11 +179,19 @@ def _preset_listing(width: int = 100) -> str:
     return "\n\n".join(blocks)
 
 
+def bench_command(arguments: Sequence[str]) -> int:
+    """``python -m moe bench layer | step | decode`` (:mod:`moe.bench.command`)."""
+    from moe.bench.command import bench_command as bench
+
+    return bench(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "generate": (generate_command, "continue a text with the model of a run"),
     "check-router": (check_router_command, "does a router see later tokens, or other sequences?"),
     "presets": (presets_command, "the published routers that a name stands for"),
     "study": (study_command, "where do tokens go, and why? a page, numbers and findings"),
+    "bench": (bench_command, "how fast, beside other implementations? a table, numbers and a picture"),
 }
 
 

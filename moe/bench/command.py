@@ -1,0 +1,159 @@
+"""``python -m moe bench layer | step | decode``: flags, the run, and what is printed and written."""
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from fnmatch import fnmatch
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from moe import config_file
+from moe.bench.contestants import Bench, Entry, Settings, entries
+from moe.bench.decode import DecodeCell
+from moe.bench.rounds import Result, run_rounds
+from moe.bench.shapes import MODELS
+from moe.bench.step import StepCell
+from moe.bench.table import machine, missing_packages, rows, table, write_json
+from moe.errors import UserError
+
+USAGE = "python -m moe bench layer | step | decode [--device NAME] [--shape NAME,...] [--only NAMES] ..."
+FLAGS = {
+    "--device NAME": "cpu or cuda (default: cuda if there is one)",
+    "--shape NAMES": "comma-separated (default: those for the device; --list names them)",
+    "--precision NAMES": "fp32, bf16, or both with a comma (default: both on a CPU, bf16 on cuda)",
+    "--batch NAMES": "decode: sequences at once (default 1,16); step: sequences (default: the shape's)",
+    "--rounds N": "turns of each contestant (default 3)",
+    "--only NAMES": "comma-separated names or patterns such as 'ours*' (default: everyone)",
+    "--settings NAMES": "of peers' processes on a CPU: users (as they come), ours (train.py's), or both (default)",
+    "--out FOLDER": "write bench-NAME.json there",
+    "--lock FILE": "hold a lock on FILE while something is timed, for other work that keeps to it",
+    "--patience SECONDS": "longest that one contestant may take to prepare or to take a turn (default 600)",
+    "--list": "show the shapes and contestants, and stop",
+    "--help": "show this",
+}
+MEANING = """\
+Ours, every installed peer and the dense bound, side by side: each in a process of its own, checked against float32
+first and then timed in turn. Medians of all repetitions; ± is half the range of the turns' medians.
+layer   one layer of experts, the routing given: forward, and forward and backward
+step    forward, backward and fused AdamW of a whole model
+decode  greedy tokens with a cache of keys and values"""
+
+
+def bench_command(arguments: Sequence[str]) -> int:
+    """Run one bench; 0, or 1 where one of ours failed."""
+    line = config_file.parse_flags(arguments, FLAGS)
+    options = line.options
+    if "--help" in options:
+        print(USAGE, "", MEANING, "", *(f"  {flag:20}{text}" for flag, text in FLAGS.items()), sep="\n")
+        return 0
+    if line.overrides:
+        raise UserError(f"--{next(iter(line.overrides))} belongs to training; the bench has shapes: {USAGE}")
+    if len(line.positional) != 1 or line.positional[0] not in get_args(Bench):
+        raise UserError(f"one of layer, step and decode is needed: {USAGE}")
+    bench: Bench = line.positional[0]  # type: ignore[assignment]
+    device = _device(options)
+    taking_part = _chosen(
+        entries(bench, device, _several(options, "--settings", get_args(Settings), "users,ours")), options
+    )
+    if "--list" in options:
+        print("shapes:", ", ".join(MODELS))
+        print("contestants:", *(f"  {entry.name}" for entry in taking_part), sep="\n")
+        return 0
+    cells = _cells(bench, device, options)
+    rounds = _positive(options, "--rounds", 3)
+    patience = _positive(options, "--patience", 600)
+    lacking = [entry for entry in taking_part if not _installed(entry)]
+    present = [entry for entry in taking_part if _installed(entry)]
+
+    about = machine(device)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if missing := missing_packages(lacking):
+        print(missing)
+    start = time.monotonic()
+    results: list[list[Result]] = []
+    with tempfile.TemporaryDirectory(prefix="moe-bench-") as folder:
+        for of_cell in run_rounds(
+            bench,
+            present,
+            cells,
+            device=device,
+            rounds=rounds,
+            folder=Path(folder),
+            patience=patience,
+            lock=Path(options["--lock"]) if "--lock" in options else None,
+            say=lambda text: print(f"[{time.monotonic() - start:4.0f} s] {text}", file=sys.stderr, flush=True),
+        ):
+            results.append(of_cell)
+            print("", table(f"{bench}: {of_cell[0].cell.name}", rows(of_cell)), sep="\n", flush=True)
+    if "--out" in options:
+        path = Path(options["--out"]) / f"bench-{bench}.json"
+        write_json(path, bench, about, _versions(present), results)
+        print(f"\nwrote {path}")
+    return 1 if any(result.failure and result.entry.contestant.ours for of_cell in results for result in of_cell) else 0
+
+
+def _cells(bench: Bench, device: str, options: dict[str, str]) -> list[Any]:
+    """What is run, shape by shape."""
+    precisions = _several(options, "--precision", ("fp32", "bf16"), "fp32,bf16" if device == "cpu" else "bf16")
+    shapes = _several(options, "--shape", tuple(MODELS), "tiny,small" if device == "cpu" or bench == "decode" else "1b")
+    if bench == "step":
+        batch = _positive(options, "--batch", 0) or None
+        return [StepCell(shape, precision, batch) for shape in shapes for precision in precisions]
+    batches = [_whole("--batch", text) for text in options.get("--batch", "1,16").split(",")]
+    return [DecodeCell(shape, batch, precision) for shape in shapes for precision in precisions for batch in batches]
+
+
+def _device(options: dict[str, str]) -> str:
+    available = torch.cuda.is_available()
+    device = options.get("--device", "cuda" if available else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device is {device}, and must be cpu or cuda")
+    if device == "cuda" and not available:
+        raise UserError("--device is cuda, and torch finds no CUDA device here; use cpu")
+    return device
+
+
+def _chosen(everyone: list[Entry], options: dict[str, str]) -> list[Entry]:
+    if "--only" not in options:
+        return everyone
+    patterns = [pattern.strip() for pattern in options["--only"].split(",")]
+    chosen = [entry for entry in everyone if any(fnmatch(entry.name, pattern) for pattern in patterns)]
+    for pattern in patterns:
+        if not any(fnmatch(entry.name, pattern) for entry in everyone):
+            raise UserError(f"--only {pattern!r} fits no contestant here; --list names them")
+    return chosen
+
+
+def _several(options: dict[str, str], flag: str, known: Sequence[str], default: str) -> Any:
+    names = [name.strip() for name in options.get(flag, default).split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{flag} {name!r} is none of {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def _positive(options: dict[str, str], flag: str, default: int) -> int:
+    return _whole(flag, options[flag]) if flag in options else default
+
+
+def _whole(flag: str, text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise UserError(f"{flag} is {text!r}, and must be a whole number from 1")
+    return int(text)
+
+
+def _installed(entry: Entry) -> bool:
+    return entry.contestant.package is None or entry.contestant.package.installed
+
+
+def _versions(present: Sequence[Entry]) -> dict[str, str]:
+    packages = dict.fromkeys(entry.contestant.package for entry in present if entry.contestant.package is not None)
+    found = {package.distribution: package.version for package in packages}
+    with suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
+    return found

@@ -1,0 +1,164 @@
+"""Who takes part: each implementation under a name, the package it needs, and how it is built."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+from moe.bench import models
+from moe.config import ExpertBackend
+
+Bench = Literal["layer", "step", "decode"]
+Settings = Literal["users", "ours"]
+"""of the process: as its users run it, or what train.py sets before it trains"""
+
+
+@dataclass(frozen=True)
+class Package:
+    """An optional package: what is imported, and what pip installs."""
+
+    module: str
+    distribution: str
+
+    @property
+    def installed(self) -> bool:
+        """Whether it can be imported."""
+        return find_spec(self.module) is not None
+
+    @property
+    def version(self) -> str:
+        """Its version, empty where it was not installed as a distribution."""
+        try:
+            return version(self.distribution)
+        except PackageNotFoundError:
+            return ""
+
+
+TRANSFORMERS = Package("transformers", "transformers")
+TORCHTITAN = Package("torchtitan", "torchtitan")
+MIXTURE_OF_EXPERTS = Package("mixture_of_experts", "mixture-of-experts")
+ST_MOE = Package("st_moe_pytorch", "st-moe-pytorch")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One implementation with its options."""
+
+    name: str
+    build: Callable[..., Any]
+    """makes what the bench's task runs"""
+    package: Package | None = None
+    """what it needs beside this codebase"""
+    ours: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    drops: bool = False
+    """whether it leaves out assignments, so that it does less"""
+    dense_twin: bool = False
+    low_precision: bool = False
+    """whether it computes in bf16 where float32 is asked for"""
+    bound: bool = False
+    """whether it is what shares are taken of"""
+
+
+BACKENDS: tuple[ExpertBackend, ...] = tuple(backend for backend in get_args(ExpertBackend) if backend != "auto")
+
+
+def step_contestants() -> list[Contestant]:
+    """Of the whole training step."""
+    mixtral = [
+        Contestant(
+            f"mixtral {experts}{' compiled' * compiled}{', eager attention' * (attention == 'eager')}",
+            partial(models.mixtral, experts=experts, attention=attention, compiled=compiled),
+            TRANSFORMERS,
+        )
+        for experts in ("grouped_mm", "batched_mm", "eager")
+        for compiled in (False, True)
+        for attention in ("sdpa", "eager")
+        if not (experts == "batched_mm" and (compiled or attention == "eager"))
+    ]
+    return [
+        Contestant("dense twin", partial(models.ours, dense_twin=True), ours=True, dense_twin=True),
+        Contestant(
+            "dense twin compiled",
+            partial(models.ours, dense_twin=True, compiled=True),
+            ours=True,
+            dense_twin=True,
+            bound=True,
+        ),
+        Contestant("llama", models.llama, TRANSFORMERS, dense_twin=True),
+        Contestant("llama compiled", partial(models.llama, compiled=True), TRANSFORMERS, dense_twin=True),
+        *(
+            Contestant(
+                f"ours {backend}{' compiled' * compiled}",
+                partial(models.ours, backend=backend, compiled=compiled),
+                ours=True,
+            )
+            for backend in BACKENDS
+            for compiled in (False, True)
+        ),
+        *mixtral,
+        Contestant(
+            "torchtitan's layer",
+            partial(models.grafted, layer=models.torchtitan_layer, feed_forward=models.TORCHTITAN_NAMES),
+            TORCHTITAN,
+            low_precision=True,
+        ),
+        Contestant(
+            "mixture-of-experts",
+            partial(models.grafted, layer=models.mixture_of_experts_layer),
+            MIXTURE_OF_EXPERTS,
+            drops=True,
+        ),
+        Contestant("st-moe-pytorch", partial(models.grafted, layer=models.st_moe_layer), ST_MOE, drops=True),
+    ]
+
+
+def decode_contestants() -> list[Contestant]:
+    """Of greedy decoding."""
+    return [
+        *(Contestant(f"ours {backend}", partial(models.ours, backend=backend), ours=True) for backend in BACKENDS),
+        *(
+            Contestant(
+                f"mixtral {experts}{', eager attention' * (attention == 'eager')}",
+                partial(models.mixtral, experts=experts, attention=attention, decoding=True),
+                TRANSFORMERS,
+            )
+            for experts in ("grouped_mm", "batched_mm", "eager")
+            for attention in ("sdpa", "eager")
+        ),
+    ]
+
+
+def contestants(bench: Bench) -> Sequence[Contestant]:
+    """All of one bench, installed or not."""
+    return {"step": step_contestants, "decode": decode_contestants}[bench]()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant with the settings of its process: one row of the table."""
+
+    contestant: Contestant
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """As in the table; a peer under our settings says so."""
+        is_foreign = self.settings == "ours" and not self.contestant.ours
+        return self.contestant.name + (" + our settings" if is_foreign else "")
+
+
+def entries(bench: Bench, device: str, settings: Sequence[Settings]) -> list[Entry]:
+    """Everyone on ``device``: ours with the settings of train.py, peers with each of ``settings``.
+
+    Process-wide settings change nothing on CUDA, so there everyone has those of its users.
+    """
+    of_peers: Sequence[Settings] = settings if device == "cpu" else ("users",)
+    return [
+        Entry(contestant, how)
+        for contestant in contestants(bench)
+        if device in contestant.devices
+        for how in (("ours",) if contestant.ours else of_peers)
+    ]
