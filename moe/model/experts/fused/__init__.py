@@ -153,6 +153,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     *tensors, activation, _ = inputs
     x, combine_weights, w_in, w_out, *assignments = tensors
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # a gradient of zeros for hidden would be as large as hidden
     ctx.save_for_backward(x, output[1], combine_weights, w_in, w_out, *assignments)
     ctx.activation = activation
 

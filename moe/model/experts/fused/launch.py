@@ -6,8 +6,8 @@ gradient of a combine weight from ⟨dA', A⟩, so that the experts' outputs nee
 beside a product that does not need it: products are bound by arithmetic and leave the memory idle.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -89,21 +89,21 @@ def backward(
     grad_x, grad_w_in, grad_w_out = torch.empty_like(x), torch.empty_like(problem.w_in), torch.empty_like(problem.w_out)
     grad_weights = torch.zeros_like(problem.weights)
 
-    with _beside(x):
-        _weighted_activation(hidden, problem, inner)
-        _gather_rows(grad_y, problem, grad_rows)
-        _gather_rows(x, problem, x_rows)
-    _rows_by_weight(grad_y, problem.w_out, grad_inner, problem, transposed=True, gather=True)
-    _join(x)
-    with _beside(x):
-        _activation_gradient(grad_inner, hidden, problem, grad_hidden, grad_weights)
-    _weight_gradient(grad_rows, inner, grad_w_out, problem)
-    _join(x)
+    with _beside(x) as beside:
+        _rows_by_weight(grad_y, problem.w_out, grad_inner, problem, transposed=True, gather=True)
+        with beside():
+            _weighted_activation(hidden, problem, inner)
+            _gather_rows(grad_y, problem, grad_rows)
+            _gather_rows(x, problem, x_rows)
+    with _beside(x) as beside:
+        _weight_gradient(grad_rows, inner, grad_w_out, problem)
+        with beside():
+            _activation_gradient(grad_inner, hidden, problem, grad_hidden, grad_weights)
     _rows_by_weight(grad_hidden, problem.w_in, grad_x_rows, problem, transposed=True, gather=False)
-    with _beside(x):
-        _sum_choices(grad_x_rows, problem, grad_x, weighted=False)
-    _weight_gradient(grad_hidden, x_rows, grad_w_in, problem)
-    _join(x)
+    with _beside(x) as beside:
+        _weight_gradient(grad_hidden, x_rows, grad_w_in, problem)
+        with beside():
+            _sum_choices(grad_x_rows, problem, grad_x, weighted=False)
     return grad_x, grad_weights, grad_w_in, grad_w_out
 
 
@@ -304,20 +304,18 @@ _second_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 @contextmanager
-def _beside(x: Tensor) -> Iterator[None]:
-    """Run what is inside on a second stream, after all that the current one was given before."""
+def _beside(x: Tensor) -> Iterator[Callable[[], AbstractContextManager[object]]]:
+    """``with _beside(x) as beside``: what is in ``with beside()`` is launched on a second stream, beside the rest.
+
+    It starts when all that was launched before the block is done, and the block ends when both are. The product is to
+    be launched first: it has a program on every multiprocessor, and the moves take the room that it leaves.
+    """
     if not x.is_cuda:
-        yield
+        yield nullcontext
         return
     if x.device not in _second_streams:
         _second_streams[x.device] = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
-    second = _second_streams[x.device]
-    second.wait_stream(torch.cuda.current_stream(x.device))
-    with torch.cuda.stream(second):
-        yield
-
-
-def _join(x: Tensor) -> None:
-    """Let the current stream wait for the second."""
-    if x.is_cuda:
-        torch.cuda.current_stream(x.device).wait_stream(_second_streams[x.device])
+    current, second = torch.cuda.current_stream(x.device), _second_streams[x.device]
+    second.wait_stream(current)
+    yield lambda: torch.cuda.stream(second)
+    current.wait_stream(second)
