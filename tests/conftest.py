@@ -6,6 +6,7 @@ Triton reads TRITON_INTERPRET when it is imported, which torch may do at any tim
 
 import os
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -32,3 +33,18 @@ def _let_interpreted_loops_run() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _let_interpreted_loops_run()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled where it can be")),
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ]
+)
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    """Where Triton's kernels run: interpreted on a CPU, and on a machine with a GPU compiled, there alone."""
+    pytest.importorskip("triton")
+    return str(request.param)

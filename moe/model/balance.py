@@ -221,6 +221,8 @@ def _over_sequences(routing: Routing, counts: Int[Tensor, "B E"], special_weight
 
 def _mean_scores(routing: Routing) -> Float[Tensor, " E"]:
     """P: the mean of the scores, as probabilities, over the real tokens that have any."""
+    if (tally := routing.own_tally) is not None:
+        return tally.share_sums / tally.n_scored.clamp(min=1)
     if routing.scores_are_probabilities:
         return _sum_over_tokens(routing.scores, routing) / routing.real_tokens().clamp(min=1)
     shares, routed = _shares_of_scores(routing)

@@ -39,6 +39,8 @@ class Routing:
     """whether each token's scores sum to 1"""
     noise: "LearnedNoise | None" = None
     """what Shazeer's load loss needs to know of the noise in the logits; None: there was none"""
+    tally: "Tally | None" = None
+    """sums over the tokens, where the router had them at hand; read it as :attr:`own_tally`"""
 
     @property
     def n_tokens(self) -> int:
@@ -85,6 +87,15 @@ class Routing:
         to_mlp = self.selected < self.n_mlps
         return to_mlp if carried_out is None else carried_out & to_mlp
 
+    @property
+    def own_tally(self) -> "Tally | None":
+        """The tally if it is of this routing: ``replace`` leaves that of the routing it started from."""
+        tally = self.tally
+        if tally is None or self.assigned is not None:
+            return None
+        same = tally.scores is self.scores and tally.selected is self.selected and tally.mask is self.mask
+        return tally if same else None
+
     def dropping(self, dropped: Bool[Tensor, "T K"]) -> "Routing":
         """This routing with those assignments dropped: they are still counted as load, and their weight is 0."""
         return replace(self, dropped=dropped, weights=self.weights.masked_fill(dropped, 0.0))
@@ -125,6 +136,8 @@ class Routing:
         They sum to K times the real tokens, if every place holds one. int64: a bfloat16 counter stops at 256, and
         ``histc`` is neither deterministic on CUDA nor exact.
         """
+        if (tally := self.own_tally) is not None:
+            return tally.counts
         return _count(self.selected, self.present, self.n_experts)
 
     def sequence_counts(self) -> Int[Tensor, "B E"]:
@@ -140,6 +153,22 @@ class Routing:
             return torch.zeros((), dtype=torch.int64, device=self.logits.device)
         present = self.present
         return (self.dropped if present is None else self.dropped & present).sum()
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over the real tokens of a routing of which every place holds an assignment."""
+
+    scores: Float[Tensor, "T E"]
+    """of that routing, as are ``selected`` and ``mask``"""
+    selected: Int[Tensor, "T K"]
+    mask: Bool[Tensor, " T"] | None
+    counts: Int[Tensor, " E"]
+    """:meth:`Routing.counts`"""
+    share_sums: Float[Tensor, " E"]
+    """sum over the tokens of each expert's share of a token's scores; with its gradient"""
+    n_scored: Int[Tensor, ""]
+    """number of tokens that have shares: whose scores are probabilities, or not all 0"""
 
 
 @dataclass(frozen=True)

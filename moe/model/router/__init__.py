@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe.config import RouterConfig
+from moe.model.router import fused
 from moe.model.router.capacity import beyond_capacity, kept_second_choices
 from moe.model.router.logits import cosine_logits, linear_logits, logit_norm, noise_std, score_function
 from moe.model.router.selection import Choice, choose
@@ -81,6 +82,10 @@ class Router(nn.Module):
         ``torch.autograd.detect_anomaly`` is on: ``topk`` over NaN returns expert ids without a word.
         """
         logits, noise = self._logits(x, previous_logits)
+        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled() and not bool(torch.isfinite(logits).all()):
+            raise FloatingPointError("the router's logits are not finite")
+        if fused.usable(self.config, logits, self.training):
+            return self.within_capacity(self._fused(logits, noise, mask, n_sequences))
         scores = score_function(logits, self.config.score)
         choice = choose(
             self.config,
@@ -98,8 +103,6 @@ class Router(nn.Module):
         weights, assigned = self.weigh(scores, choice)
         if mask is not None:
             weights = weights.masked_fill(~mask[:, None], 0.0)
-        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled() and not bool(torch.isfinite(logits).all()):
-            raise FloatingPointError("the router's logits are not finite")
         routing = Routing(
             logits=logits,
             scores=scores,
@@ -113,6 +116,29 @@ class Router(nn.Module):
             noise=noise,
         )
         return self.within_capacity(routing)
+
+    def _fused(
+        self,
+        logits: Float[Tensor, "T E"],
+        noise: LearnedNoise | None,
+        mask: Bool[Tensor, " T"] | None,
+        n_sequences: int,
+    ) -> Routing:
+        """What :meth:`forward` computes from the logits, but for the capacity, in one kernel."""
+        first_zero = self.n_experts - self.n_special
+        routed = fused.route(self.config, logits, self.selection_bias, mask, first_zero=first_zero, n_zero=self.n_zero)
+        return Routing(
+            logits=logits,
+            scores=routed.scores,
+            selected=routed.selected,
+            weights=routed.weights,
+            mask=mask,
+            n_special=self.n_special,
+            n_sequences=n_sequences,
+            scores_are_probabilities=self.config.score == "softmax",
+            noise=noise,
+            tally=routed.tally,
+        )
 
     def _logits(
         self, x: Float[Tensor, "T D"], previous_logits: Float[Tensor, "T E"] | None

@@ -3,8 +3,6 @@
 The kernels run compiled where there is a GPU, else in Triton's interpreter.
 """
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,19 +20,7 @@ from moe.model.experts.fused.sort import (
     tile_schedule,
 )
 
-pytest.importorskip("triton")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-device = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")),
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-        ),
-    ],
-)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def draw(n_tokens: int, top_k: int, n_experts: int, skewed: bool = False) -> tuple[Tensor, Tensor]:
@@ -51,12 +37,12 @@ def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
         assert one.tolist() == other.tolist()
 
 
-@pytest.mark.parametrize("sort", [sort_in_torch, pytest.param(sort_in_triton, marks=device.args[1][0].marks)])
-def test_a_sort_by_hand(sort: object) -> None:
+@pytest.mark.parametrize("sort", [sort_in_torch, sort_in_triton])
+def test_a_sort_by_hand(sort: object, kernel_device: str) -> None:
     """Three tokens, two choices, three experts. Assignments 0 to 5 go to 2 0 | 0 1 | 2 0, and 3 is not executed:
     expert 0 has 1, 2, 5, expert 1 has none, expert 2 has 0, 4."""
-    selected = torch.tensor([[2, 0], [0, 1], [2, 0]])
-    executed = torch.tensor([[True, True], [True, False], [True, True]])
+    selected = torch.tensor([[2, 0], [0, 1], [2, 0]], device=kernel_device)
+    executed = torch.tensor([[True, True], [True, False], [True, True]], device=kernel_device)
 
     result = sort(selected, executed, 3)
 
@@ -65,35 +51,34 @@ def test_a_sort_by_hand(sort: object) -> None:
     assert result.ends.tolist() == [3, 3, 5]
 
 
-@pytest.mark.parametrize(
-    "schedule", [schedule_in_torch, pytest.param(schedule_in_triton, marks=device.args[1][0].marks)]
-)
-def test_a_schedule_by_hand(schedule: object) -> None:
+@pytest.mark.parametrize("schedule", [schedule_in_torch, schedule_in_triton])
+def test_a_schedule_by_hand(schedule: object, kernel_device: str) -> None:
     """Rows 0-4 are expert 0's, none expert 1's, 5-12 expert 2's: tiles of 4 start at 0, 4 | 5, 9, and 9 is the last."""
-    result = schedule(torch.tensor([5, 5, 13], dtype=torch.int32), 4, 6)
+    result = schedule(torch.tensor([5, 5, 13], dtype=torch.int32, device=kernel_device), 4, 6)
 
     assert result.tile_expert.tolist() == [0, 0, 2, 2, -1, -1]
     assert result.tile_row.tolist() == [0, 4, 5, 9, 0, 0]
     assert result.n_tiles.tolist() == [4]
 
 
-@device
 @pytest.mark.parametrize("executed", [False, True])
 @pytest.mark.parametrize(
     ("n_tokens", "top_k", "n_experts"),
     [(1, 1, 1), (1, 4, 7), (43, 3, 5), (128, 8, 64), (129, 8, 128), (1000, 2, 16), (300, 4, 512), (700, 6, 1)],
 )
-def test_the_kernels_sort_as_torch_does(device: str, n_tokens: int, top_k: int, n_experts: int, executed: bool) -> None:
+def test_the_kernels_sort_as_torch_does(
+    kernel_device: str, n_tokens: int, top_k: int, n_experts: int, executed: bool
+) -> None:
     """One step; one block of several steps; several blocks; more experts than assignments of a block."""
     selected, mask = draw(n_tokens, top_k, n_experts)
 
-    result = sort_in_triton(selected.to(device), mask.to(device) if executed else None, n_experts)
+    result = sort_in_triton(selected.to(kernel_device), mask.to(kernel_device) if executed else None, n_experts)
 
     assert_same(result, sort_in_torch(selected, mask if executed else None, n_experts))
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("skewed", [False, True])
 @pytest.mark.parametrize(("n_tokens", "top_k", "n_experts"), [(32768, 8, 128), (131072, 8, 512), (300_001, 1, 60)])
 def test_large_sorts_are_those_of_torch_every_time(n_tokens: int, top_k: int, n_experts: int, skewed: bool) -> None:
@@ -105,16 +90,15 @@ def test_large_sorts_are_those_of_torch_every_time(n_tokens: int, top_k: int, n_
         assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
 
 
-@device
 @pytest.mark.parametrize("block_m", [16, 64, 128])
 @pytest.mark.parametrize(("n_rows", "n_experts"), [(1, 1), (20, 33), (3000, 5), (5000, 1), (4000, 128)])
-def test_the_kernel_cuts_tiles_as_torch_does(device: str, n_rows: int, n_experts: int, block_m: int) -> None:
+def test_the_kernel_cuts_tiles_as_torch_does(kernel_device: str, n_rows: int, n_experts: int, block_m: int) -> None:
     cuts = torch.rand(n_experts, generator=torch.Generator().manual_seed(n_rows)).pow(3).sort().values
     ends = (cuts * n_rows).to(torch.int32)
     n_tiles_max = most_tiles(n_rows, block_m, n_experts)
 
     assert_same(
-        schedule_in_triton(ends.to(device), block_m, n_tiles_max), schedule_in_torch(ends, block_m, n_tiles_max)
+        schedule_in_triton(ends.to(kernel_device), block_m, n_tiles_max), schedule_in_torch(ends, block_m, n_tiles_max)
     )
 
 
@@ -136,9 +120,8 @@ def test_tiles_cover_every_row_once_and_fit_their_bound(counts: list[int], block
     assert (expert[n_tiles.item() :] == -1).all()
 
 
-@device
-def test_no_tokens_give_empty_rows(device: str) -> None:
-    none = torch.empty(0, 2, dtype=torch.int64, device=device)
+def test_no_tokens_give_empty_rows(kernel_device: str) -> None:
+    none = torch.empty(0, 2, dtype=torch.int64, device=kernel_device)
 
     rows, places, ends = sort_in_triton(none, None, 4)
 
@@ -149,9 +132,8 @@ def test_no_tokens_give_empty_rows(device: str) -> None:
     assert schedule_in_torch(ends, 64, 0).tile_expert.shape == (0,)
 
 
-@device
-def test_a_choice_that_is_not_contiguous_is_read_as_it_stands(device: str) -> None:
-    selected, executed = (value.to(device)[:, :3] for value in draw(50, 5, 8))
+def test_a_choice_that_is_not_contiguous_is_read_as_it_stands(kernel_device: str) -> None:
+    selected, executed = (value.to(kernel_device)[:, :3] for value in draw(50, 5, 8))
 
     result = sort_in_triton(selected, executed, 8)
 
@@ -172,7 +154,7 @@ def test_both_are_one_operator_each_to_torch_compile() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 def test_a_cuda_graph_sorts_what_it_is_given_later() -> None:
     first, later = (draw(2000 + shift, 4, 32)[0][:2000].cuda() for shift in (0, 1))
     selected = first.clone()
