@@ -5,7 +5,9 @@ Triton reads TRITON_INTERPRET when it is imported, which torch may do at any tim
 """
 
 import os
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -31,8 +33,37 @@ def _let_interpreted_loops_run() -> None:
     interpreter._patch_lang_tensor = patch_lang_tensor
 
 
+def _let_interpreted_bfloat16_be_right() -> None:
+    """Round and multiply bfloat16 in the interpreter as a GPU does: Triton 3.6 cuts off where it should round, and
+    multiplies the bits, which it holds in unsigned integers, as if they were the numbers."""
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    convert, create_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def to_float32(bits: numpy.ndarray) -> numpy.ndarray:
+        return (bits.astype(numpy.uint32) << 16).view(numpy.float32)
+
+    def convert_float(values: numpy.ndarray, source: Any, target: Any, rounding: Any) -> numpy.ndarray:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return to_float32(values).view(numpy.uint32)
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.tensor(values).bfloat16().view(torch.uint16).numpy()
+        return convert(values, source, target, rounding)
+
+    def dot(builder: Any, left: Any, right: Any, sums: Any, *options: Any) -> Any:
+        if left.dtype.scalar == tl.bfloat16:
+            left, right = (interpreter.TensorHandle(to_float32(one.data), tl.float32) for one in (left, right))
+        return create_dot(builder, left, right, sums, *options)
+
+    interpreter._convert_float, interpreter.InterpreterBuilder.create_dot = convert_float, dot
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     _let_interpreted_loops_run()
+    _let_interpreted_bfloat16_be_right()
 
 
 @pytest.fixture(
