@@ -74,6 +74,7 @@ BalanceScope = Literal["sequence", "micro_batch", "global_batch"]
 BalancedChoices = Literal["all", "first"]
 Precision = Literal["auto", "fp32", "bf16"]
 Weights = Literal["fp32", "bf16"]
+Checkpointing = Literal["none", "attention", "experts", "block"]
 Device = Literal["auto", "cpu", "cuda"]
 ScheduleShape = Literal["cosine", "wsd", "constant"]
 
@@ -914,8 +915,8 @@ class TrainingConfig:
     """what parameters and optimizer states are kept in; bf16 halves their memory (router and norms stay float32)"""
     compile: bool = False
     """compile each block with torch.compile"""
-    activation_checkpointing: bool = False
-    """recompute each block in the backward pass, to save memory"""
+    activation_checkpointing: Checkpointing = "none"
+    """what the backward pass computes again, to save memory: none, attention, experts (a dense layer's MLP), block"""
     evaluate_every: int = 250
     """steps between validations; there is always one at the end"""
     checkpoint_every: int = 250

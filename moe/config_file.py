@@ -41,6 +41,9 @@ PRESET = MODEL + presets.KEY
 ROUTING = (f"{MODEL}router.", f"{MODEL}special.", f"{MODEL}balance.")
 """the sections that together choose a router"""
 
+OLDER_VALUES = {"training.activation_checkpointing": {"false": "none", "true": "block"}}
+"""what files say, those of earlier runs among them, of a setting that has become a choice since"""
+
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 # ----------------------------------------------------------------------------------------------------- reading, writing
@@ -272,6 +275,9 @@ class _Reading:
     def check(self) -> Config:
         """The configuration, or every problem at once."""
         self._lay_preset()
+        for key, newer in OLDER_VALUES.items():
+            if isinstance(value := self.values.get(key), str):
+                self.values[key] = newer.get(value, value)
         for key, value in list(self.values.items()):
             if isinstance(value, str) and not value.isprintable():  # a line break or NUL in a path, a lone surrogate
                 self._problem(key, f"is {json.dumps(value)}, which holds a character that cannot be printed")

@@ -4,6 +4,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe.config import ModelConfig
 from moe.model.experts import Experts
@@ -43,10 +44,13 @@ class MoELayer(nn.Module):
         token_ids: Int[Tensor, "B S"] | None = None,
         positions: Int[Tensor, "#B S"] | None = None,
         previous_logits: Float[Tensor, "T E"] | None = None,
+        recompute: bool = False,
     ) -> tuple[Float[Tensor, "B S D"], Routing]:
         """Return the layer's output and the routing of its B·S tokens; padding (``mask`` False) is not routed.
 
-        The other arguments are those of :meth:`~moe.model.router.Router.forward`, for the routers that need them.
+        With ``recompute`` the routed experts keep nothing for the backward pass, which runs them again on the same
+        routing. The other arguments are those of :meth:`~moe.model.router.Router.forward`, for the routers that need
+        them.
         """
         tokens = rearrange(x, "b s d -> (b s) d")
         routing = self.router(
@@ -57,7 +61,8 @@ class MoELayer(nn.Module):
             previous_logits=previous_logits,
             n_sequences=x.shape[0],
         )
-        y = self._weigh_then_compute(tokens, routing) if self._weighs_first else self.experts(tokens, routing)
+        compute = self._weigh_then_compute if self._weighs_first else self.experts
+        y = checkpoint(compute, tokens, routing, use_reentrant=False) if recompute else compute(tokens, routing)
         if self.training and self.router.config.gradient == "all_experts" and torch.is_grad_enabled():
             y = y + self._gradient_of_unselected(tokens, routing)
         if self.special is not None:

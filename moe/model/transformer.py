@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe.config import ModelConfig, require
+from moe.config import Checkpointing, ModelConfig, require
 from moe.model.attention import Attention, rotation_of, visible_keys
 from moe.model.cache import KVCache
 from moe.model.feed_forward import FeedForward
@@ -32,7 +32,8 @@ class Transformer(nn.Module):
         require(config.vocab_size is not None, "model.vocab_size", "is null: give it, or fill it in from a tokenizer")
         assert config.vocab_size is not None
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing: Checkpointing = "none"
+        """what the backward pass of training computes again; kept inside blocks only where it is not the whole block"""
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -63,12 +64,13 @@ class Transformer(nn.Module):
         batch = Batch(tokens, mask, positions, rotation, visible)
         x = self.dropout(self.embedding(tokens))
         routings: list[Routing] = []
+        recompute: Checkpointing = self.activation_checkpointing if self.training and cache is None else "none"
         for block in self.blocks:
             previous_logits = routings[-1].logits if routings and self.config.router.residual else None
-            if self.activation_checkpointing and self.training and cache is None:
+            if recompute == "block":
                 x, routing = checkpoint(block, x, batch, previous_logits, use_reentrant=False)
             else:
-                x, routing = block(x, batch, previous_logits, cache)
+                x, routing = block(x, batch, previous_logits, cache, recompute)
             if routing is not None:
                 routings.append(routing)
         return normalise(self.norm, x), routings
@@ -140,12 +142,18 @@ class Block(nn.Module):
         batch: Batch,
         previous_logits: Float[Tensor, "T E"] | None = None,
         cache: KVCache | None = None,
+        recompute: Checkpointing = "none",
     ) -> tuple[Float[Tensor, "B S D"], Routing | None]:
         """Return the new residual stream, and the routing where the feed-forward is a mixture.
 
-        ``previous_logits`` are those of the mixture before, for a router that builds on them.
+        ``previous_logits`` are those of the mixture before, for a router that builds on them. ``recompute`` is the part
+        of this block (attention or experts) that keeps nothing for the backward pass, which runs it again.
         """
-        x = x + self.dropout(self.attention(normalise(self.attention_norm, x), batch.rotation, batch.visible, cache))
+        if recompute == "attention":
+            attended = checkpoint(self._attend, x, batch, use_reentrant=False)
+        else:
+            attended = self._attend(x, batch, cache)
+        x = x + self.dropout(attended)
         normed = normalise(self.feed_forward_norm, x)
         if isinstance(self.feed_forward, MoELayer):
             y, routing = self.feed_forward(
@@ -154,10 +162,17 @@ class Block(nn.Module):
                 token_ids=batch.tokens,
                 positions=batch.positions,
                 previous_logits=previous_logits,
+                recompute=recompute == "experts",
             )
+        elif recompute == "experts":
+            y, routing = checkpoint(self.feed_forward, normed, use_reentrant=False), None
         else:
             y, routing = self.feed_forward(normed), None
         return x + self.dropout(y), routing
+
+    def _attend(self, x: Float[Tensor, "B S D"], batch: Batch, cache: KVCache | None = None) -> Float[Tensor, "B S D"]:
+        attended: Tensor = self.attention(normalise(self.attention_norm, x), batch.rotation, batch.visible, cache)
+        return attended
 
 
 def norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:

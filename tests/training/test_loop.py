@@ -397,13 +397,14 @@ def test_clipping_limits_the_gradient_and_reports_its_norm_before(begin: Begin) 
 
 
 @pytest.mark.parametrize("router", [{}, SIGN, QUANTILE, REMOE], ids=["softmax", "sign", "quantile", "remoe"])
-def test_recomputing_activations_changes_no_number(begin: Begin, router: Overrides) -> None:
+@pytest.mark.parametrize("part", ["attention", "experts", "block"])
+def test_recomputing_activations_changes_no_number(begin: Begin, router: Overrides, part: str) -> None:
     """Nor any bias: an assignment that was counted twice would move it twice."""
     settings = HARD | router | {"training.steps": 4}
     plain = begin("plain", settings)
     plain.run()
-    recomputing = begin("recomputing", settings | {"training.activation_checkpointing": True})
-    assert recomputing.model.activation_checkpointing
+    recomputing = begin("recomputing", settings | {"training.activation_checkpointing": part})
+    assert recomputing.model.activation_checkpointing == part
     recomputing.run()
 
     assert rows(recomputing) == rows(plain)
