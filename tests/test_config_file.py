@@ -504,3 +504,10 @@ def test_help_shows_every_setting_with_its_default_within_100_columns() -> None:
     choices = "[auto, reference, grouped or segments]"
     assert any(line.strip().endswith(choices) for line in lines)  # in one piece
     assert "[shazeer, gshard, switch, " in shown  # too long for one piece, and wrapped like any text
+
+
+@pytest.mark.parametrize(("older", "newer"), [("false", "none"), ("true", "block"), ("experts", "experts")])
+def test_what_earlier_runs_say_of_checkpointing_is_understood(older: str, newer: str) -> None:
+    key = "training.activation_checkpointing"
+    assert parse(f"training: {{activation_checkpointing: {older}}}").training.activation_checkpointing == newer
+    assert parse("{}", overrides={key: older}).training.activation_checkpointing == newer

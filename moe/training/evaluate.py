@@ -103,7 +103,8 @@ def validate(
                 if should_stop():
                     return None
                 assert batch.scored is not None
-                with autocast(device, precision):
+                # Blocks that are compiled for the batches of training would be compiled again for these.
+                with autocast(device, precision), torch.compiler.set_stance("force_eager"):
                     hidden, routings = model.hidden(batch.tokens.to(device))
                     losses = token_losses(hidden, model.head.weight, batch.targets.to(device))
                 nats += losses.double().masked_fill(~batch.scored.to(device), 0.0).sum()

@@ -21,6 +21,7 @@ from moe.model.weight_dtype import keep_weights
 from moe.parallel.world import World
 from moe.training import checkpoint
 from moe.training.checkpoint import Checkpoint
+from moe.training.compiled import compile_blocks
 from moe.training.console import Console
 from moe.training.evaluate import Validation, validate
 from moe.training.interrupt import StopSignal
@@ -107,8 +108,7 @@ class Training:
             self.model, self.optimizer, precision=self.precision, clip=settings.optimizer.clip, world=world
         )
         if settings.compile:
-            for block in self.model.blocks:
-                block.compile()
+            compile_blocks(self.model, console.say)
         self.batches = Batches(
             corpus.train,
             corpus.shares,
