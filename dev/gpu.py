@@ -36,10 +36,10 @@ from moe.config import (  # noqa: E402
 )
 from moe.model.transformer import Transformer  # noqa: E402
 from moe.model.weight_dtype import keep_weights  # noqa: E402
-from moe.parallel.world import World  # noqa: E402
-from moe.training.head_loss import head_loss  # noqa: E402
-from moe.training.objective import StepCounts, compose  # noqa: E402
+from moe.training import gpu  # noqa: E402
+from moe.training.compiled import compile_blocks  # noqa: E402
 from moe.training.optimizer import build_optimizer  # noqa: E402
+from moe.training.step import MicroBatch, TrainingStep  # noqa: E402
 
 Step = Callable[[Tensor, Tensor], None]
 
@@ -64,6 +64,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="how often the models take turns")
     parser.add_argument("--backend", default="auto", help="model.experts.backend")
     parser.add_argument("--ours-only", action="store_true", help="leave out the dense twin")
+    parser.add_argument("--attention", choices=["cudnn", "flash"], default="cudnn", help="what ours tries first")
+    parser.add_argument("--checkpointing", default="none", help="training.activation_checkpointing")
+    parser.add_argument("--clip", type=float, help="training.optimizer.clip (without: no clipping, as the twin)")
+    parser.add_argument("--expandable-segments", action="store_true", help="let allocated memory grow in place")
     parser.add_argument("--no-compile", action="store_true", help="ours without torch.compile")
     parser.add_argument("--no-profile", action="store_true", help="leave out the table of kernels")
     parser.add_argument("--kernels", type=int, default=40, help="rows of that table")
@@ -79,6 +83,8 @@ def main() -> int:
 
 def time_steps(run: argparse.Namespace) -> None:
     """Time both models in turn, and print what was seen."""
+    if run.expandable_segments:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     shape = SHAPES[run.shape] | ({"layers": run.layers} if run.layers else {})
     device = torch.device(run.device)
     torch.manual_seed(0)
@@ -90,7 +96,7 @@ def time_steps(run: argparse.Namespace) -> None:
     if not run.ours_only:
         builders["dense twin, compiled"] = lambda: llama(shape, device)
     label = f"mixture, {run.backend}" + ("" if run.no_compile else ", compiled")
-    builders[label] = lambda: mixture(shape, device, run.backend, compiled=not run.no_compile)
+    builders[label] = lambda: mixture(shape, device, run)
 
     batches = [random_batch(shape, run.sequences, device) for _ in range(4)]
     models: dict[str, Step] = {}
@@ -142,8 +148,10 @@ def time_steps(run: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------------------- models
 
 
-def mixture(shape: dict[str, int], device: torch.device, backend: Any, *, compiled: bool) -> tuple[nn.Module, Step]:
+def mixture(shape: dict[str, int], device: torch.device, run: argparse.Namespace) -> tuple[nn.Module, Step]:
     """Our model, and its training step."""
+    if run.attention == "flash":
+        gpu.ATTENTION.remove(gpu.SDPBackend.CUDNN_ATTENTION)
     config = ModelConfig(
         vocab_size=shape["vocabulary"],
         n_layers=shape["layers"],
@@ -151,7 +159,7 @@ def mixture(shape: dict[str, int], device: torch.device, backend: Any, *, compil
         max_seq=shape["length"],
         tie_embeddings=False,
         attention=AttentionConfig(n_heads=shape["heads"], head_dim=shape["width"] // shape["heads"]),
-        experts=ExpertsConfig(n_experts=shape["experts"], d_ff=shape["d_ff"], backend=backend),
+        experts=ExpertsConfig(n_experts=shape["experts"], d_ff=shape["d_ff"], backend=run.backend),
         router=RouterConfig(top_k=TOP_K),
         balance=BalanceConfig(load_balance=0.01),
     )
@@ -160,20 +168,14 @@ def mixture(shape: dict[str, int], device: torch.device, backend: Any, *, compil
     keep_weights(model, "bf16")
     model.to_empty(device=device)
     draw(model)
-    optimizer = build_optimizer(model, OptimizerConfig(lr=LEARNING_RATE, clip=None))
-    if compiled:
-        for block in model.blocks:
-            block.compile()
-    world = World()
+    model.activation_checkpointing = run.checkpointing
+    optimizer = build_optimizer(model, OptimizerConfig(lr=LEARNING_RATE, clip=run.clip))
+    take_step = TrainingStep(model, optimizer, precision="bf16", clip=run.clip)
+    if not run.no_compile:
+        compile_blocks(model, print)
 
     def step(tokens: Tensor, targets: Tensor) -> None:
-        model.train()
-        hidden, routings = model.hidden(tokens)
-        lm = head_loss(hidden, model.head.weight, targets)
-        objective = compose(lm, routings, config.balance, StepCounts(world), router=config.router)
-        torch.autograd.backward(objective.total)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        take_step([MicroBatch(tokens, targets)], LEARNING_RATE)
 
     return model, step
 
