@@ -18,9 +18,8 @@ LOG2_E = tl.constexpr(1.44269502162933349609375)
 LOG2_E_REST = tl.constexpr(1.925963033500711e-08)
 LN_2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(-(2**31))
-"""the key of a column that cannot be chosen (any more): below that of -inf"""
-FIRST = tl.constexpr(2**31 - 1)
-"""the key of NaN, which torch takes for the largest"""
+"""the key of a column that cannot be chosen (any more): below that of every float32"""
+NO_COLUMN = tl.constexpr(2**31 - 1)
 LEAST_SUM = tl.constexpr(2.0**-103)
 """tiny / eps of float32, below which a token's weights are not divided by their sum"""
 TINY = tl.constexpr(2.0**-126)
@@ -189,12 +188,10 @@ def route_backward(
         grad = score * (grad - tl.sum(tl.where(here, score * grad, 0.0), axis=1)[:, None])
     elif SCORE == "sigmoid":
         grad = grad * score * (1 - score)
+    elif SCORE == "relu":
+        grad = tl.where(score > 0, grad, 0.0)
     else:
-        logit = tl.load(logits + at, mask=here, other=0.0)
-        if SCORE == "relu":
-            grad = tl.where(logit > 0, grad, 0.0)
-        else:
-            grad = tl.where(_softplus(logit) >= TINY, grad * _sigmoid(logit) / (2 * score), 0.0)
+        grad = grad * _sigmoid(tl.load(logits + at, mask=here, other=0.0)) / (2 * score)
     tl.store(grad_logits + at, grad, mask=here)
 
 
@@ -243,17 +240,16 @@ def _within_best_groups(
 
 @triton.jit
 def _order_key(value):
-    """An integer that orders as the value does, and as torch.topk: 0 and -0 alike, NaN above all."""
+    """An integer that orders as the value does, 0 and -0 alike; NaN gets one too, above all or below by its sign."""
     bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(value != value, FIRST, key)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def _first_of_best(key, column):
     """For each row the lowest of the columns with the largest key."""
     best = tl.max(key, axis=1)[:, None]
-    return tl.min(tl.where(key == best, column, FIRST), axis=1)
+    return tl.min(tl.where(key == best, column, NO_COLUMN), axis=1)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ def draw(n_tokens: int, top_k: int, n_experts: int, skewed: bool = False) -> tup
     """Selected experts, some of them special ones beyond the E, and whether they are executed: three in four are."""
     generator = torch.Generator().manual_seed(n_tokens + n_experts)
     chosen = torch.rand(n_tokens, top_k, generator=generator)
-    selected = ((chosen**4 if skewed else chosen) * (n_experts + 1)).long()
+    selected = ((chosen**4 if skewed else chosen) * (n_experts + 3)).long()
     return selected, torch.rand(n_tokens, top_k, generator=generator) < 0.75
 
 

@@ -39,10 +39,10 @@ ROUTERS = [
 
 
 def draw(n_tokens: int, n_experts: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, a selection bias, and a mask by which a third of the tokens is padding."""
+    """Logits, a selection bias that leaves all below 0, and a mask by which a third of the tokens is padding."""
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(n_tokens, n_experts, generator=generator)
-    bias = 0.2 * torch.randn(n_experts, generator=generator)
+    bias = 0.2 * torch.randn(n_experts, generator=generator) - 2
     return logits, bias, torch.rand(n_tokens, generator=generator) < 2 / 3
 
 
@@ -158,6 +158,7 @@ def test_gradients_are_those_of_the_axes(
 @pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_k": 2, "score": "sigmoid"}])
 def test_the_balance_loss_takes_the_sums_and_is_the_same(kernel_device: str, settings: dict[str, object]) -> None:
     logits, bias, mask = draw(50, 8)
+    logits[mask.nonzero()[0]] = -200  # a token whose sigmoids are all 0 has no shares
     leaf = logits.to(kernel_device).requires_grad_()
     routing = by_kernel(settings, leaf, bias, mask, kernel_device)
     assert routing.own_tally is not None
@@ -210,6 +211,16 @@ def test_logits_that_are_not_finite_still_choose_distinct_experts(
 
     assert ((selected >= 0) & (selected < 6)).all()
     assert all(len(set(row)) == 3 for row in selected.tolist())
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_an_expert_of_logit_minus_infinity_has_score_zero(kernel_device: str, score: str) -> None:
+    logits = torch.tensor([[0.0, float("-inf"), 0.0]])
+
+    routing = by_kernel({"top_k": 2, "score": score}, logits, torch.zeros(3), None, kernel_device)
+
+    assert routing.scores.tolist() == [[0.5, 0.0, 0.5]]
+    assert routing.selected.tolist() == [[0, 2]]
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
