@@ -7,12 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe.errors import UserError
+
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.02}
 """largest relative error of one layer's output and gradients; rounding to bf16 alone makes about 0.003"""
 MODEL_TOLERANCE = {"fp32": 2e-3, "bf16": 0.15}
 """of a whole model's gradients, where a token whose two experts are nearly equal may go the other way"""
 SAMPLE = 1 << 16
 """numbers of one tensor that are kept to compare with"""
+
+
+class UnfitError(UserError):
+    """This contestant is not made for this device, precision or size: no failure, but no time either."""
 
 
 @dataclass(frozen=True)

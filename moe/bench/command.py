@@ -15,8 +15,10 @@ import torch
 from moe import config_file
 from moe.bench.contestants import Bench, Entry, Settings, entries
 from moe.bench.decode import DecodeCell
+from moe.bench.layer import LayerCell
+from moe.bench.loads import Skew
 from moe.bench.rounds import Result, run_rounds
-from moe.bench.shapes import MODELS
+from moe.bench.shapes import LAYERS, MODELS
 from moe.bench.step import StepCell
 from moe.bench.table import machine, missing_packages, rows, table, write_json
 from moe.errors import UserError
@@ -26,6 +28,7 @@ FLAGS = {
     "--device NAME": "cpu or cuda (default: cuda if there is one)",
     "--shape NAMES": "comma-separated (default: those for the device; --list names them)",
     "--precision NAMES": "fp32, bf16, or both with a comma (default: both on a CPU, bf16 on cuda)",
+    "--skew NAMES": "layer: balanced, zipf (exponent 1), or both with a comma (default: balanced)",
     "--batch NAMES": "decode: sequences at once (default 1,16); step: sequences (default: the shape's)",
     "--rounds N": "turns of each contestant (default 3)",
     "--only NAMES": "comma-separated names or patterns such as 'ours*' (default: everyone)",
@@ -61,7 +64,7 @@ def bench_command(arguments: Sequence[str]) -> int:
         entries(bench, device, _several(options, "--settings", get_args(Settings), "users,ours")), options
     )
     if "--list" in options:
-        print("shapes:", ", ".join(MODELS))
+        print("shapes:", ", ".join(LAYERS if bench == "layer" else MODELS))
         print("contestants:", *(f"  {entry.name}" for entry in taking_part), sep="\n")
         return 0
     cells = _cells(bench, device, options)
@@ -94,12 +97,22 @@ def bench_command(arguments: Sequence[str]) -> int:
         path = Path(options["--out"]) / f"bench-{bench}.json"
         write_json(path, bench, about, _versions(present), results)
         print(f"\nwrote {path}")
-    return 1 if any(result.failure and result.entry.contestant.ours for of_cell in results for result in of_cell) else 0
+    failed = (
+        result.failure is not None and not result.unfit and result.entry.contestant.ours
+        for of_cell in results
+        for result in of_cell
+    )
+    return int(any(failed))
 
 
 def _cells(bench: Bench, device: str, options: dict[str, str]) -> list[Any]:
     """What is run, shape by shape."""
     precisions = _several(options, "--precision", ("fp32", "bf16"), "fp32,bf16" if device == "cpu" else "bf16")
+    if bench == "layer":
+        usual = "tiny,small,wide" if device == "cpu" else "toy,gpt4s,mixtral,olmoe,qwen3"
+        shapes = _several(options, "--shape", tuple(LAYERS), usual)
+        skews = _several(options, "--skew", get_args(Skew), "balanced")
+        return [LayerCell(shape, precision, skew) for shape in shapes for precision in precisions for skew in skews]
     shapes = _several(options, "--shape", tuple(MODELS), "tiny,small" if device == "cpu" or bench == "decode" else "1b")
     if bench == "step":
         batch = _positive(options, "--batch", 0) or None

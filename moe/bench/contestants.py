@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
-from moe.bench import models
+from moe.bench import layers, models
 from moe.config import ExpertBackend
 
 Bench = Literal["layer", "step", "decode"]
@@ -38,6 +38,9 @@ class Package:
 
 TRANSFORMERS = Package("transformers", "transformers")
 TORCHTITAN = Package("torchtitan", "torchtitan")
+SONIC = Package("sonicmoe", "sonic-moe")
+LIGER = Package("liger_kernel", "liger-kernel")
+MOE_OPS = Package("moe_ops", "moe-ops")
 MIXTURE_OF_EXPERTS = Package("mixture_of_experts", "mixture-of-experts")
 ST_MOE = Package("st_moe_pytorch", "st-moe-pytorch")
 
@@ -62,7 +65,55 @@ class Contestant:
     """whether it is what shares are taken of"""
 
 
+ON_ANY_DEVICE = ("grouped_mm", "batched_mm", "eager")
+"""transformers' experts implementations that need nothing but torch"""
+COMPILES: tuple[ExpertBackend, ...] = ("grouped", "fused")
+"""our back-ends that torch.compile sees into"""
 BACKENDS: tuple[ExpertBackend, ...] = tuple(backend for backend in get_args(ExpertBackend) if backend != "auto")
+
+
+def layer_contestants() -> list[Contestant]:
+    """Of one layer of experts."""
+    transformers = [
+        Contestant(
+            f"transformers {implementation}{' compiled' * compiled}",
+            partial(layers.transformers_experts, implementation=implementation, compiled=compiled),
+            TRANSFORMERS,
+            devices=("cpu", "cuda") if implementation in ON_ANY_DEVICE else ("cuda",),
+        )
+        for implementation in (*ON_ANY_DEVICE, "deepgemm", "sonicmoe")
+        for compiled in (False, True)
+        if implementation == "grouped_mm" or not compiled
+    ]
+    return [
+        Contestant("dense", layers.DenseBound, bound=True),
+        *(
+            Contestant(
+                f"ours {backend}{' compiled' * compiled}",
+                partial(layers.ours, backend=backend, compiled=compiled),
+                ours=True,
+            )
+            for backend in BACKENDS
+            for compiled in (False, True)
+            if not compiled or backend in COMPILES
+        ),
+        Contestant("plain loop", layers.plain_loop),
+        *transformers,
+        Contestant("sonic-moe", layers.sonic_experts, SONIC, devices=("cuda",)),
+        Contestant("liger-kernel", layers.liger_experts, LIGER, devices=("cuda",)),
+        Contestant("moe-ops", layers.moe_ops_experts, MOE_OPS, devices=("cuda",)),
+        *(
+            Contestant(
+                f"torchtitan's layer{' compiled' * compiled}",
+                partial(layers.torchtitan_experts, compiled=compiled),
+                TORCHTITAN,
+                low_precision=True,
+            )
+            for compiled in (False, True)
+        ),
+        Contestant("mixture-of-experts", layers.mixture_of_experts, MIXTURE_OF_EXPERTS, devices=("cpu",), drops=True),
+        Contestant("st-moe-pytorch", layers.st_moe, ST_MOE, devices=("cpu",), drops=True),
+    ]
 
 
 def step_contestants() -> list[Contestant]:
@@ -73,7 +124,7 @@ def step_contestants() -> list[Contestant]:
             partial(models.mixtral, experts=experts, attention=attention, compiled=compiled),
             TRANSFORMERS,
         )
-        for experts in ("grouped_mm", "batched_mm", "eager")
+        for experts in ON_ANY_DEVICE
         for compiled in (False, True)
         for attention in ("sdpa", "eager")
         if not (experts == "batched_mm" and (compiled or attention == "eager"))
@@ -125,7 +176,7 @@ def decode_contestants() -> list[Contestant]:
                 partial(models.mixtral, experts=experts, attention=attention, decoding=True),
                 TRANSFORMERS,
             )
-            for experts in ("grouped_mm", "batched_mm", "eager")
+            for experts in ON_ANY_DEVICE
             for attention in ("sdpa", "eager")
         ),
     ]
@@ -133,7 +184,7 @@ def decode_contestants() -> list[Contestant]:
 
 def contestants(bench: Bench) -> Sequence[Contestant]:
     """All of one bench, installed or not."""
-    return {"step": step_contestants, "decode": decode_contestants}[bench]()
+    return {"layer": layer_contestants, "step": step_contestants, "decode": decode_contestants}[bench]()
 
 
 @dataclass(frozen=True)

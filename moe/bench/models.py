@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.bench.agreement import sample
+from moe.bench.agreement import UnfitError, sample
 from moe.bench.shapes import ModelShape
 from moe.config import ExpertBackend, OptimizerConfig
-from moe.errors import UserError
 from moe.model.transformer import Transformer
 from moe.training.head_loss import head_loss
 from moe.training.optimizer import build_optimizer
@@ -154,7 +153,7 @@ def mixtral(
     tokens = shape.batch if decoding else shape.tokens
     copied = 3 * tokens * shape.top_k * shape.d_model * shape.d_ff * dtype.itemsize
     if experts == "batched_mm" and copied > BATCHED_LIMIT:
-        raise UserError(f"batched_mm copies the weights of every assignment: {copied / 2**30:.0f} GiB a layer here")
+        raise UnfitError(f"batched_mm copies the weights of every assignment: {copied / 2**30:.0f} GiB a layer here")
     described: dict[str, Any] = {"experts_implementation": experts, "attn_implementation": attention}
     config = MixtralConfig(
         vocab_size=shape.vocabulary,

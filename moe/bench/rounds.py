@@ -32,6 +32,8 @@ class Result:
     """what preparing it found: error, note, kept_bytes, peak_bytes, parameters"""
     failure: str | None = None
     """why there is no time"""
+    unfit: bool = False
+    """whether that is because it is not made for this cell"""
 
     def seconds(self, phase: str = "all") -> float | None:
         """Median of all repetitions of all turns."""
@@ -49,6 +51,10 @@ class Result:
 
 class WorkerError(Exception):
     """A contestant's process said that it failed, died or took too long; the message is the reason."""
+
+    def __init__(self, reason: str, unfit: bool = False) -> None:
+        super().__init__(reason)
+        self.unfit = unfit
 
 
 class Worker:
@@ -85,7 +91,7 @@ class Worker:
         except (BrokenPipeError, EOFError):
             raise WorkerError(self._how_it_died()) from None
         if "failed" in reply:
-            raise WorkerError(reply["failed"])
+            raise WorkerError(reply["failed"], reply["unfit"])
         return reply
 
     def stop(self) -> None:
@@ -157,7 +163,7 @@ def run_rounds(
                     try:
                         result.facts = worker.ask(do="prepare", cell=asdict(cell))
                     except WorkerError as failed:
-                        result.failure = str(failed)
+                        result.failure, result.unfit = str(failed), failed.unfit
                     took = time.monotonic() - start
                 say(f"  {result.entry.name}: {result.failure or 'agrees'} ({took:.0f} s)")
             for number in range(rounds):

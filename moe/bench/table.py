@@ -21,6 +21,8 @@ class Row:
 
     name: str
     failure: str | None
+    unfit: bool
+    """whether it failed because it is not made for this cell"""
     tokens_per_second: float | None
     spread: float | None
     """range of the turns' medians over their median"""
@@ -31,8 +33,11 @@ class Row:
     """the bound's time over this one's"""
     kept_bytes: int | None
     peak_bytes: int | None
+    first_seconds: float | None
+    """of the first forward and backward pass, which compiles and tunes"""
     error: float | None
     drops: bool
+    low_precision: bool
     bound: bool
     ours: bool
     note: str
@@ -40,8 +45,10 @@ class Row:
 
 def rows(results: Sequence[Result]) -> list[Row]:
     """The results of one cell, fastest first, failures last."""
-    bounds = [result.seconds() for result in results if result.entry.contestant.bound and result.seconds()]
-    made = [_row(result, bounds[0] if bounds else None) for result in results]
+    bounds = [
+        seconds for result in results if result.entry.contestant.bound and (seconds := result.seconds()) is not None
+    ]
+    made = [_row(result, min(bounds, default=None)) for result in results]
     return sorted(made, key=lambda row: -(row.tokens_per_second or 0.0))
 
 
@@ -51,6 +58,7 @@ def _row(result: Result, bound: float | None) -> Row:
     return Row(
         name=result.entry.name,
         failure=result.failure,
+        unfit=result.unfit,
         tokens_per_second=None if seconds is None else work.tokens / seconds,
         spread=None if seconds is None else result.spread(),
         forward_ms=None if forward is None else 1000 * forward,
@@ -59,22 +67,24 @@ def _row(result: Result, bound: float | None) -> Row:
         share=None if seconds is None or bound is None else bound / seconds,
         kept_bytes=result.facts.get("kept_bytes"),
         peak_bytes=result.facts.get("peak_bytes"),
+        first_seconds=result.facts.get("first_seconds"),
         error=result.facts.get("error"),
         drops=contestant.drops,
+        low_precision=contestant.low_precision and result.cell.precision == "fp32",
         bound=contestant.bound,
         ours=contestant.ours,
         note=result.facts.get("note", ""),
     )
 
 
-COLUMNS = ("tok/s", "± %", "forward ms", "ms", "TFLOP/s", "share", "kept GiB", "peak GiB", "error")
+COLUMNS = ("tok/s", "± %", "forward ms", "ms", "TFLOP/s", "share", "kept GiB", "peak GiB", "first s", "error")
 
 
 def table(title: str, made: Sequence[Row]) -> str:
     """One cell as a table; columns that nobody has a number in are left out, notes and failures follow."""
     cells = [_cells(row) for row in made if row.failure is None]
     shown = [column for column in COLUMNS if any(line[column] for line in cells)]
-    names = [row.name + " †" * row.drops for row in made if row.failure is None]
+    names = [row.name + " †" * row.drops + " ‡" * row.low_precision for row in made if row.failure is None]
     width = max([len(name) for name in names], default=0)
     lines = [title, ""]
     if cells:
@@ -87,7 +97,13 @@ def table(title: str, made: Sequence[Row]) -> str:
     notes = [f"{row.name}: {row.note}" for row in made if row.note and row.failure is None]
     if any(row.drops and row.failure is None for row in made):
         notes.append("† drops assignments beyond a capacity, and so does less work")
-    failures = [f"{row.name}: failed: {row.failure}" for row in made if row.failure is not None]
+    if any(row.low_precision and row.failure is None for row in made):
+        notes.append("‡ computes in bf16 whatever it is given")
+    failures = [
+        f"{row.name}: {'does not run here' if row.unfit else 'failed'}: {row.failure}"
+        for row in made
+        if row.failure is not None
+    ]
     return "\n".join([*lines, *([""] if notes or failures else []), *notes, *failures])
 
 
@@ -101,6 +117,7 @@ def _cells(row: Row) -> dict[str, str]:
         "share": _number(row.share, "{:.2f}"),
         "kept GiB": _number(None if row.kept_bytes is None else row.kept_bytes / GIB, "{:.2f}"),
         "peak GiB": _number(None if row.peak_bytes is None else row.peak_bytes / GIB, "{:.2f}"),
+        "first s": _number(row.first_seconds, "{:.1f}"),
         "error": _number(row.error, "{:.1e}"),
     }
 

@@ -14,12 +14,18 @@ from typing import Any, Protocol
 
 import torch
 
+from moe.bench.agreement import UnfitError
 from moe.bench.contestants import Contestant, contestants
 from moe.bench.decode import DecodeCell, DecodeTask
+from moe.bench.layer import DenseTask, LayerCell, LayerTask
 from moe.bench.measure import release
 from moe.bench.step import StepCell, StepTask
 from moe.errors import UserError
 from moe.training.machine import keep_freed_memory
+
+FALL_BACK = "experts fall back"
+"""how the warning begins with which a back-end that cannot run here gives way to the loop: to time that under its name
+would mislead, so that here it is an error"""
 
 
 class Task(Protocol):
@@ -34,6 +40,10 @@ class Task(Protocol):
 
 def make_task(bench: str, contestant: Contestant, cell: dict[str, Any], device: torch.device, folder: Path) -> Task:
     """The task of a contestant in a cell, which is given as its fields."""
+    if bench == "layer":
+        if contestant.bound:
+            return DenseTask(LayerCell(**cell), device)
+        return LayerTask(contestant.build, LayerCell(**cell), device, folder, low_precision=contestant.low_precision)
     if bench == "step":
         return StepTask(
             contestant.build,
@@ -67,8 +77,7 @@ def main(description: str) -> None:
     device = torch.device(settings["device"])
     if settings["settings"] == "ours":
         keep_freed_memory()
-    # A back-end that cannot run here falls back to the loop with a warning: to time that under its name would mislead.
-    warnings.filterwarnings("error", message="experts fall back")
+    warnings.filterwarnings("error", message=FALL_BACK)
     [contestant] = [c for c in contestants(settings["bench"]) if c.name == settings["contestant"]]
     tasks: dict[str, Task] = {}
 
@@ -80,7 +89,7 @@ def main(description: str) -> None:
             reply = answer(json.loads(line), tasks, start)
         except Exception as error:
             traceback.print_exc()
-            reply = {"failed": describe(error)}
+            reply = {"failed": describe(error), "unfit": is_unfit(error)}
             del error
             release(device)
         print(json.dumps(reply), file=answers, flush=True)
@@ -89,7 +98,14 @@ def main(description: str) -> None:
 def describe(error: BaseException) -> str:
     """An exception in one line."""
     first = (str(error).strip() or "no reason given").splitlines()[0]
-    return first if isinstance(error, UserError | UserWarning) else f"{type(error).__name__}: {first}"
+    if FALL_BACK in first:
+        return first[first.index(FALL_BACK) :].partition(": ")[2]
+    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+
+
+def is_unfit(error: BaseException) -> bool:
+    """Whether a contestant is not made for what was asked, which is no fault of it."""
+    return isinstance(error, UnfitError) or FALL_BACK in str(error)
 
 
 if __name__ == "__main__":
