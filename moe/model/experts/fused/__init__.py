@@ -19,11 +19,13 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def fused_experts(x: Float[Tensor, "T D"], routing: Routing, weights: ExpertWeights) -> Float[Tensor, "T D"]:
-    """What :func:`~moe.model.experts.reference.reference_experts` computes; raises where :func:`unsupported` speaks.
+    """What :func:`~moe.model.experts.reference.reference_experts` computes, where :func:`unsupported` is silent.
 
     Deterministic, without host synchronisation. The products run in the dtype of ``x`` (that of autocast, where it is
     on) and accumulate in float32; the sum over choices is float32.
     """
+    if weights.b_in is not None:
+        raise ValueError("the fused kernels have no biases")
     dtype = compute_dtype(x)
     if x.shape[0] == 0:
         # Nothing to launch, but every gradient is there.
@@ -53,11 +55,18 @@ def unsupported(x: Tensor, weights: ExpertWeights) -> str | None:
     for name, size in (("d_model", weights.w_out.shape[1]), ("d_ff", weights.w_out.shape[2])):
         if size % 8:
             return f"the fused kernels need rows of whole 16 bytes, and {name} = {size} is no multiple of 8"
-    return _no_triton()
+    reason: str | None = _no_triton()
+    return reason
+
+
+# What torch.compile must not look into: it warns of a cache.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _no_triton() -> str | None:
+    return _why_no_triton()
 
 
 @cache
-def _no_triton() -> str | None:
+def _why_no_triton() -> str | None:
     try:
         import triton.tools.tensor_descriptor  # noqa: F401
     except ImportError:
@@ -158,7 +167,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.activation = activation
 
 
-def _differentiate(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:  # what comes after the experts had no gradient for them
+        return (None,) * 9
     return (*_backward(grad_y, *ctx.saved_tensors, ctx.activation), None, None, None, None, None)
 
 

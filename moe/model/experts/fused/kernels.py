@@ -23,6 +23,8 @@ import triton.language as tl
 
 FAR = tl.constexpr(1 << 30)
 """rows that a ragged descriptor claims to have; see :func:`_store_rows`"""
+NAN = tl.constexpr(tl.PropagateNan.ALL)
+"""what is no number stays none, as in torch; left out, the hardware takes the bound instead"""
 
 
 @triton.jit
@@ -354,11 +356,11 @@ def _activate(gate, value, KIND: tl.constexpr, FAST: tl.constexpr):
     if KIND == "swiglu":
         return gate * _sigmoid(gate, FAST) * value
     if KIND == "swiglu_clamped":
-        gate = tl.minimum(gate, 7.0)
-        return gate * _sigmoid(1.702 * gate, FAST) * (tl.clamp(value, -7.0, 7.0) + 1.0)
+        gate = tl.minimum(gate, 7.0, NAN)
+        return gate * _sigmoid(1.702 * gate, FAST) * (tl.clamp(value, -7.0, 7.0, NAN) + 1.0)
     if KIND == "gelu":
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    return tl.maximum(gate, 0.0)
+    return tl.maximum(gate, 0.0, NAN)
 
 
 @triton.jit
@@ -369,10 +371,10 @@ def _activate_with_gradient(gate, value, grad, KIND: tl.constexpr, FAST: tl.cons
         silu = gate * sigmoid
         return silu * value, grad * value * (sigmoid + silu * (1.0 - sigmoid)), grad * silu
     if KIND == "swiglu_clamped":
-        low = tl.minimum(gate, 7.0)
+        low = tl.minimum(gate, 7.0, NAN)
         sigmoid = _sigmoid(1.702 * low, FAST)
         silu = low * sigmoid
-        one_more = tl.clamp(value, -7.0, 7.0) + 1.0
+        one_more = tl.clamp(value, -7.0, 7.0, NAN) + 1.0
         grad_gate = grad * one_more * (sigmoid + 1.702 * silu * (1.0 - sigmoid))
         # As torch's clamp: at the bound itself the gradient passes.
         grad_gate = tl.where(gate <= 7.0, grad_gate, 0.0)
@@ -382,4 +384,4 @@ def _activate_with_gradient(gate, value, grad, KIND: tl.constexpr, FAST: tl.cons
         below = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
         density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
         return gate * below, grad * (below + gate * density), gate
-    return tl.maximum(gate, 0.0), tl.where(gate > 0.0, grad, 0.0), gate
+    return tl.maximum(gate, 0.0, NAN), tl.where(gate > 0.0, grad, 0.0), gate

@@ -139,7 +139,8 @@ def _hidden_and_activation(x: Tensor, problem: Problem, hidden: Tensor, inner: T
             **tiles.constants(block_n=block_n),
         )
 
-    run(choose_tiles(Product("hidden", d_model, width, n_experts, x.dtype), x.device, run))
+    kind = "hidden" if parts == 2 else "hidden, no gate"
+    run(choose_tiles(Product(kind, d_model, width, n_experts, x.dtype), x.device, run))
 
 
 def _rows_by_weight(

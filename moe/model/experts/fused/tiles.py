@@ -102,13 +102,14 @@ def candidates(product: Product, device: torch.device) -> list[Tiles]:
     """What to try, the most likely first."""
     if device.type != "cuda":
         return [Tiles(16, 32, 16, 4, 2)]  # small, so that the interpreter sees tiles that are cut off, and several
-    if torch.cuda.get_device_capability(device)[0] < 9:
-        # No descriptors in hardware, and less shared memory.
+    if torch.cuda.get_device_capability(device)[0] not in (9, 10, 11):
+        # No descriptors in hardware (before 9), or less shared memory (12).
         return [Tiles(128, 128, 32, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 32, 4, 3), Tiles(64, 64, 32, 4, 2)]
     small = Tiles(128, 128, 64, 8, 3)
     if product.kind == "weight gradient":
         return [Tiles(128, 256, 64, 8, 4), Tiles(128, 256, 64, 8, 3), small]
-    stages = 3 if product.kind == "hidden" else 4
+    # The first product also has its results in shared memory: as much again as a stage, or twice that without a gate.
+    stages = {"hidden": 3, "hidden, no gate": 2}.get(product.kind, 4)
     plain, flat = Tiles(128, 256, 64, 8, stages), Tiles(128, 256, 64, 8, stages, flatten=True)
     both = [flat, plain] if product.inner_width <= 2048 else [plain, flat]
     return [*both, small]
@@ -118,7 +119,7 @@ def remember_in(path: Path) -> None:
     """Read the choices that ``path`` holds, and write new ones there. A file that is damaged is made anew."""
     global _file
     _file = path
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, ValueError, TypeError, AttributeError):
         for key, fields in json.loads(path.read_text()).items():
             _chosen.setdefault(key, Tiles(**fields))
 
