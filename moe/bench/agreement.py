@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moe.errors import UserError
 
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.02}
-"""largest relative error of one layer's output and gradients; rounding to bf16 alone makes about 0.003"""
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.05}
+"""largest relative error of one layer's output and gradients; a product of bf16 numbers makes about 0.003, a sum of
+many in bf16 ten times as much, which is poor but no mistake"""
 MODEL_TOLERANCE = {"fp32": 2e-3, "bf16": 0.15}
 """of a whole model's gradients, where a token whose two experts are nearly equal may go the other way"""
 SAMPLE = 1 << 16

@@ -23,7 +23,8 @@ from moe.bench.step import StepCell
 from moe.bench.table import machine, missing_packages, rows, table, write_json
 from moe.errors import UserError
 
-USAGE = "python -m moe bench layer | step | decode [--device NAME] [--shape NAME,...] [--only NAMES] ..."
+USAGE = "python -m moe bench layer | step | decode [--device NAME] [--shape NAMES] [--only NAMES] ..."
+DRAW = "python -m moe bench draw bench-NAME.json [--out FOLDER]"
 FLAGS = {
     "--device NAME": "cpu or cuda (default: cuda if there is one)",
     "--shape NAMES": "comma-separated (default: those for the device; --list names them)",
@@ -33,7 +34,7 @@ FLAGS = {
     "--rounds N": "turns of each contestant (default 3)",
     "--only NAMES": "comma-separated names or patterns such as 'ours*' (default: everyone)",
     "--settings NAMES": "of peers' processes on a CPU: users (as they come), ours (train.py's), or both (default)",
-    "--out FOLDER": "write bench-NAME.json there",
+    "--out FOLDER": "write the numbers (bench-NAME.json) and a picture (.png, .svg) there",
     "--lock FILE": "hold a lock on FILE while something is timed, for other work that keeps to it",
     "--patience SECONDS": "longest that one contestant may take to prepare or to take a turn (default 600)",
     "--list": "show the shapes and contestants, and stop",
@@ -44,7 +45,8 @@ Ours, every installed peer and the dense bound, side by side: each in a process 
 first and then timed in turn. Medians of all repetitions; ± is half the range of the turns' medians.
 layer   one layer of experts, the routing given: forward, and forward and backward
 step    forward, backward and fused AdamW of a whole model
-decode  greedy tokens with a cache of keys and values"""
+decode  greedy tokens with a cache of keys and values
+draw    the picture again, of a bench-NAME.json from anywhere"""
 
 
 def bench_command(arguments: Sequence[str]) -> int:
@@ -52,10 +54,12 @@ def bench_command(arguments: Sequence[str]) -> int:
     line = config_file.parse_flags(arguments, FLAGS)
     options = line.options
     if "--help" in options:
-        print(USAGE, "", MEANING, "", *(f"  {flag:20}{text}" for flag, text in FLAGS.items()), sep="\n")
+        print(USAGE, DRAW, "", MEANING, "", *(f"  {flag:20}{text}" for flag, text in FLAGS.items()), sep="\n")
         return 0
     if line.overrides:
         raise UserError(f"--{next(iter(line.overrides))} belongs to training; the bench has shapes: {USAGE}")
+    if line.positional[:1] == ["draw"]:
+        return _draw_again(line.positional[1:], options)
     if len(line.positional) != 1 or line.positional[0] not in get_args(Bench):
         raise UserError(f"one of layer, step and decode is needed: {USAGE}")
     bench: Bench = line.positional[0]  # type: ignore[assignment]
@@ -97,12 +101,32 @@ def bench_command(arguments: Sequence[str]) -> int:
         path = Path(options["--out"]) / f"bench-{bench}.json"
         write_json(path, bench, about, _versions(present), results)
         print(f"\nwrote {path}")
+        try:
+            _draw(path, path.parent)
+        except UserError as error:  # the numbers are there, and a picture can be drawn of them elsewhere
+            print(f"no picture: {error}")
     failed = (
         result.failure is not None and not result.unfit and result.entry.contestant.ours
         for of_cell in results
         for result in of_cell
     )
     return int(any(failed))
+
+
+def _draw_again(files: Sequence[str], options: dict[str, str]) -> int:
+    if len(files) != 1:
+        raise UserError(f"one file that a bench wrote is needed: {DRAW}")
+    path = Path(files[0])
+    _draw(path, Path(options["--out"]) if "--out" in options else path.parent)
+    return 0
+
+
+def _draw(path: Path, folder: Path) -> None:
+    """Draw what the JSON file ``path`` holds into ``folder``, under the same name."""
+    from moe.bench.picture import draw, read_cells, save
+
+    for written in save(draw(*read_cells(path)), folder / path.stem):
+        print(f"wrote {written}")
 
 
 def _cells(bench: Bench, device: str, options: dict[str, str]) -> list[Any]:

@@ -76,7 +76,7 @@ class LayerTask:
         self.dtype = torch.bfloat16 if cell.precision == "bf16" else torch.float32
 
     def prepare(self) -> dict[str, Any]:
-        """Check output and each gradient against the float32 loop, and measure memory. Raises UserError if one is off."""
+        """Check output and gradients against the float32 loop, and measure memory. Raises UserError if one is off."""
         weights = self._weights()
         layer = self.build(self.cell.layer, weights)
         given = self._input(0)

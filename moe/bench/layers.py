@@ -292,7 +292,7 @@ def mixture_of_experts(shape: LayerShape, weights: Weights) -> Layer:
             activation=nn.GELU,
             second_policy_train="all",
             capacity_factor_train=2.5,
-        ).to(like.dtype)
+        )
 
     def dense(x: Tensor) -> Tensor:
         """Every expert on every token, in float32, weighted by the two largest gates."""
@@ -300,7 +300,7 @@ def mixture_of_experts(shape: LayerShape, weights: Weights) -> Layer:
         outputs = torch.einsum("teh,ehd->ted", inner, layer.experts.w2.float())
         return _two_best(outputs, x @ layer.gate.w_gating.float())
 
-    return _routing_on_its_own(layer, dense, shape)
+    return _routing_on_its_own(layer, dense, shape, like.dtype)
 
 
 def st_moe(shape: LayerShape, weights: Weights) -> Layer:
@@ -318,7 +318,7 @@ def st_moe(shape: LayerShape, weights: Weights) -> Layer:
             gating_top_n=2,
             threshold_train=1e-9,
             capacity_factor_train=2.5,
-        ).to(like.dtype)
+        )
 
     def dense(x: Tensor) -> Tensor:
         outputs = []
@@ -329,7 +329,7 @@ def st_moe(shape: LayerShape, weights: Weights) -> Layer:
             outputs.append(F.linear(inner, second.weight.float(), second.bias.float()))
         return _two_best(torch.stack(outputs, dim=1), x @ layer.gate.to_gates.weight.float().t())
 
-    return _routing_on_its_own(layer, dense, shape)
+    return _routing_on_its_own(layer, dense, shape, like.dtype)
 
 
 def _require_top_2(shape: LayerShape, name: str) -> None:
@@ -345,15 +345,19 @@ def _two_best(outputs: Tensor, logits: Tensor) -> Tensor:
     return (picked * gates[..., None]).sum(dim=1)
 
 
-def _routing_on_its_own(layer: Any, dense: Callable[[Tensor], Tensor], shape: LayerShape) -> Layer:
-    """A layer with a router, whose output without a capacity is ``dense`` of x."""
+def _routing_on_its_own(layer: Any, dense: Callable[[Tensor], Tensor], shape: LayerShape, dtype: torch.dtype) -> Layer:
+    """A layer with a router, whose output without a capacity is ``dense`` of x.
+
+    In bf16 under autocast, for its weights have to be float32: it mixes dtypes.
+    """
     layer.train()
     gate = layer.gate
 
     def forward(x: Tensor, selected: Tensor, combine: Tensor) -> Tensor:
         del selected, combine
-        y: Tensor = layer(x.view(-1, GROUP, x.shape[-1]))[0]
-        return y.view_as(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y: Tensor = layer(x.view(-1, GROUP, x.shape[-1]).float())[0]
+        return y.view_as(x).to(dtype)
 
     def own_check(x: Tensor) -> dict[str, float]:
         usual = dict(vars(gate))

@@ -115,8 +115,8 @@ def _cells(row: Row) -> dict[str, str]:
         "ms": _number(row.ms, "{:.2f}"),
         "TFLOP/s": _number(row.tflops, "{:.3g}"),
         "share": _number(row.share, "{:.2f}"),
-        "kept GiB": _number(None if row.kept_bytes is None else row.kept_bytes / GIB, "{:.2f}"),
-        "peak GiB": _number(None if row.peak_bytes is None else row.peak_bytes / GIB, "{:.2f}"),
+        "kept GiB": _number(None if row.kept_bytes is None else row.kept_bytes / GIB, "{:.3g}"),
+        "peak GiB": _number(None if row.peak_bytes is None else row.peak_bytes / GIB, "{:.3g}"),
         "first s": _number(row.first_seconds, "{:.1f}"),
         "error": _number(row.error, "{:.1e}"),
     }
