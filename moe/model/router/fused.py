@@ -67,7 +67,7 @@ def route(
     scores, the weights and the tally's shares to the logits.
     """
     grouped = config.selection == "group_limited"
-    scores, selected, weights, counts, share_sums, n_scored = _route(
+    scores, selected, weights, counts, share_sums = _route(
         logits.contiguous(),
         selection_bias,
         mask,
@@ -82,7 +82,7 @@ def route(
         first_zero,
         n_zero,
     )
-    return Routed(scores, selected, weights, Tally(scores, selected, mask, counts, share_sums, n_scored))
+    return Routed(scores, selected, weights, Tally(scores, selected, mask, counts[:-1], share_sums, counts[-1]))
 
 
 # ------------------------------------------------------------------------------------- the operators for torch.compile
@@ -103,7 +103,7 @@ def _route(
     top_two: bool,
     first_zero: int,
     n_zero: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from moe.model.router import fused_kernels as kernels
 
     n_tokens, n_experts = logits.shape
@@ -114,9 +114,9 @@ def _route(
     scores = torch.empty_like(logits)
     selected = torch.empty(n_tokens, top_k, dtype=torch.int64, device=device)
     weights = torch.empty(n_tokens, top_k, dtype=torch.float32, device=device)
-    counts = torch.empty(n_programs, n_experts, dtype=torch.int32, device=device)
+    # The last column counts the tokens that have shares.
+    counts = torch.empty(n_programs, n_experts + 1, dtype=torch.int32, device=device)
     share_sums = torch.empty(n_programs, n_experts, dtype=torch.float32, device=device)
-    n_scored = torch.empty(n_programs, dtype=torch.int32, device=device)
     kernels.route[(n_programs,)](
         logits,
         selection_bias,
@@ -126,7 +126,6 @@ def _route(
         weights,
         counts,
         share_sums,
-        n_scored,
         n_tokens,
         n_experts,
         scale,
@@ -144,22 +143,21 @@ def _route(
         MEMBERS=members,
         CHOICES=_power_of_two(top_k),
     )
-    return scores, selected, weights, counts.sum(0), share_sums.sum(0), n_scored.sum()
+    return scores, selected, weights, counts.sum(0), share_sums.sum(0)
 
 
 @_route.register_fake
 def _(
     logits: Tensor, selection_bias: Tensor | None, mask: Tensor | None, score: str, bias_on_logits: bool, top_k: int,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n_tokens, n_experts = logits.shape
     return (
         torch.empty_like(logits),
         logits.new_empty(n_tokens, top_k, dtype=torch.int64),
         logits.new_empty(n_tokens, top_k),
-        logits.new_empty(n_experts, dtype=torch.int64),
+        logits.new_empty(n_experts + 1, dtype=torch.int64),
         logits.new_empty(n_experts),
-        logits.new_empty((), dtype=torch.int64),
     )
 
 
@@ -168,7 +166,7 @@ def _route_backward(
     grad_scores: Tensor | None,
     grad_weights: Tensor | None,
     grad_share_sums: Tensor | None,
-    logits: Tensor,
+    logits: Tensor | None,
     scores: Tensor,
     selected: Tensor,
     mask: Tensor | None,
@@ -180,8 +178,8 @@ def _route_backward(
 ) -> Tensor:
     from moe.model.router import fused_kernels as kernels
 
-    n_tokens, n_experts = logits.shape
-    grad_logits = torch.empty_like(logits)
+    n_tokens, n_experts = scores.shape
+    grad_logits = torch.empty_like(scores)
     experts = _power_of_two(n_experts)
     tokens = _tokens_of_a_tile(experts)
     if n_tokens:
@@ -209,17 +207,19 @@ def _route_backward(
 
 @_route_backward.register_fake
 def _(
-    grad_scores: Tensor | None, grad_weights: Tensor | None, grad_share_sums: Tensor | None, logits: Tensor, *_: Any
-) -> Tensor:
-    return torch.empty_like(logits)
+    grad_scores: Tensor | None, grad_weights: Tensor | None, grad_share_sums: Tensor | None, logits: Tensor | None,
+    scores: Tensor, *_: Any,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(scores)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, mask, score, _, _, normalise, scale, _, _, _, first_zero, n_zero = inputs
-    scores, selected, _, counts, _, n_scored = output
-    ctx.mark_non_differentiable(selected, counts, n_scored)
+    scores, selected, _, counts, _ = output
+    ctx.mark_non_differentiable(selected, counts)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, scores, selected, mask)
+    # The other score functions have a slope that follows from the score.
+    ctx.save_for_backward(logits if score == "sqrt_softplus" else None, scores, selected, mask)
     ctx.settings = (score, normalise, scale, first_zero, n_zero)
 
 
@@ -230,7 +230,6 @@ def _differentiate(
     grad_weights: Tensor | None,
     _counts: None,
     grad_share_sums: Tensor | None,
-    _n_scored: None,
 ) -> tuple[Tensor | None, ...]:
     grads = (grad_scores, grad_weights, grad_share_sums)
     grad_logits = None

@@ -34,9 +34,8 @@ def route(
     scores,  # [T, E], written
     selected,  # [T, K], written
     weights,  # [T, K], written
-    counts,  # [programs, E], written
+    counts,  # [programs, E + 1], written; last the tokens that have shares
     share_sums,  # [programs, E], written
-    scored,  # [programs], written
     n_tokens,
     n_experts,
     scale,
@@ -115,10 +114,10 @@ def route(
         share_sum += tl.sum(tl.where(real[:, None], score, 0.0), axis=0)
         n_scored += tl.sum(real.to(tl.int32))
 
-    at = tl.program_id(0) * n_experts + expert
-    tl.store(counts + at, count, mask=real_column)
-    tl.store(share_sums + at, share_sum, mask=real_column)
-    tl.store(scored + tl.program_id(0), n_scored)
+    counts += tl.program_id(0) * (n_experts + 1)
+    tl.store(counts + expert, count, mask=real_column)
+    tl.store(counts + n_experts, n_scored)
+    tl.store(share_sums + tl.program_id(0) * n_experts + expert, share_sum, mask=real_column)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "first_zero", "past_zero"])
@@ -126,7 +125,7 @@ def route_backward(
     grad_scores,  # [T, E] or None
     grad_weights,  # [T, K] or None
     grad_share_sums,  # [E] or None
-    logits,  # [T, E]
+    logits,  # [T, E], of sqrt_softplus; else None
     scores,  # [T, E]
     selected,  # [T, K]
     mask,  # [T] or None

@@ -42,6 +42,7 @@ def choose(
 ) -> Choice:
     """The experts of each token by ``config.selection``.
 
+    On a GPU top_k and group_limited are computed by :mod:`.fused`: a change here is one there, too.
     Raises ValueError where hash has no ``token_ids``, or random not both.
     """
     rule, top_k, n_experts = config.selection, config.top_k, logits.shape[1]
