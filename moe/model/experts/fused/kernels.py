@@ -219,32 +219,6 @@ def sum_choices(
 
 
 @triton.jit
-def weighted_activation(
-    hidden,
-    weights,
-    assignment_of_row,
-    n_computed,
-    out,
-    F,
-    KIND: tl.constexpr,
-    GATED: tl.constexpr,
-    FAST: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """out[row] = weight of row · activation(hidden[row])."""
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
-    real = rows < tl.load(n_computed)
-    inside = real[:, None] & (columns < F)
-    wide = rows.to(tl.int64)[:, None]
-    weight = tl.load(weights + tl.load(assignment_of_row + rows, mask=real, other=0), mask=real, other=0.0)[:, None]
-    gate, value = _halves(hidden, wide, columns, inside, F, GATED)
-    inner = _activate(gate, value, KIND, FAST)
-    tl.store(out + wide * F + columns, (inner * weight).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def activation_gradient(
     grad_inner,
     hidden,
@@ -252,6 +226,7 @@ def activation_gradient(
     assignment_of_row,
     n_computed,
     grad_hidden,
+    out,
     grad_weights,
     F,
     KIND: tl.constexpr,
@@ -260,7 +235,7 @@ def activation_gradient(
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """From dA' = W_outᵀ dy: the gradient of hidden, and that of the weight, ⟨dA', activation(hidden)⟩ (0 if no row)."""
+    """From dA' = W_outᵀ dy: the gradient of hidden, that of the weight, ⟨dA', A⟩, and in ``out`` the weighted A."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     end = tl.load(n_computed)
     real = rows < end
@@ -276,6 +251,7 @@ def activation_gradient(
         inner, grad_gate, grad_value = _activate_with_gradient(gate, value, grad * weight, KIND, FAST)
         total += grad * inner
         dtype = grad_hidden.dtype.element_ty
+        tl.store(out + wide * F + columns, (inner * weight).to(dtype), mask=inside)
         if GATED:
             grad_at = grad_hidden + wide * (2 * F) + columns
             tl.store(grad_at, grad_gate.to(dtype), mask=inside)

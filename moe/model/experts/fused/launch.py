@@ -1,14 +1,13 @@
-"""The experts' forward and backward pass as a sequence of kernels, and which of them run beside one another.
+"""The experts' forward and backward pass as a sequence of kernels.
 
 Forward keeps x and the pre-activation ``hidden`` alone. The backward pass computes the activation again, and takes the
 gradient of a combine weight from ⟨dA', A⟩, so that the experts' outputs need not be kept (as in SonicMoE, Guo et al.
-2025). What only moves data (gathers, the activation and its gradient, the sum over choices) runs on a second stream
-beside a product that does not need it: products are bound by arithmetic and leave the memory idle.
+2025). The products of the weights' gradients read rows that were gathered before: a gather inside them was slower.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import triton
@@ -81,29 +80,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, of the weights (float32), of W_in and of W_out, for ``grad_y`` in the dtype of x."""
     n_rows, d_model, d_ff = problem.n_rows, x.shape[1], problem.w_out.shape[2]
-    # All buffers belong to the current stream, which waits for the other before it leaves: no one reuses them early.
-    x_rows, grad_rows, inner, grad_inner, grad_x_rows = (
-        x.new_empty(n_rows, width) for width in (d_model, d_model, d_ff, d_ff, d_model)
-    )
-    grad_hidden = torch.empty_like(hidden)
-    grad_x, grad_w_in, grad_w_out = torch.empty_like(x), torch.empty_like(problem.w_in), torch.empty_like(problem.w_out)
-    grad_weights = torch.zeros_like(problem.weights)
-
-    with _beside(x) as beside:
-        _rows_by_weight(grad_y, problem.w_out, grad_inner, problem, transposed=True, gather=True)
-        with beside():
-            _weighted_activation(hidden, problem, inner)
-            _gather_rows(grad_y, problem, grad_rows)
-            _gather_rows(x, problem, x_rows)
-    with _beside(x) as beside:
-        _weight_gradient(grad_rows, inner, grad_w_out, problem)
-        with beside():
-            _activation_gradient(grad_inner, hidden, problem, grad_hidden, grad_weights)
-    _rows_by_weight(grad_hidden, problem.w_in, grad_x_rows, problem, transposed=True, gather=False)
-    with _beside(x) as beside:
-        _weight_gradient(grad_hidden, x_rows, grad_w_in, problem)
-        with beside():
-            _sum_choices(grad_x_rows, problem, grad_x, weighted=False)
+    inner, grad_hidden = x.new_empty(n_rows, d_ff), torch.empty_like(hidden)
+    grad_weights = _inner_gradient(grad_y, hidden, problem, inner, grad_hidden)
+    rows = x.new_empty(n_rows, d_model)  # of dy, of the gradient of x, and of x, one after the other
+    _gather_rows(grad_y, problem, rows)
+    grad_w_out = torch.empty_like(problem.w_out)
+    _weight_gradient(rows, inner, grad_w_out, problem)
+    _rows_by_weight(grad_hidden, problem.w_in, rows, problem, transposed=True, gather=False)
+    grad_x = torch.empty_like(x)
+    _sum_choices(rows, problem, grad_x, weighted=False)
+    _gather_rows(x, problem, rows)
+    grad_w_in = torch.empty_like(problem.w_in)
+    _weight_gradient(grad_hidden, rows, grad_w_in, problem)
     return grad_x, grad_weights, grad_w_in, grad_w_out
 
 
@@ -196,6 +184,76 @@ def _weight_gradient(left: Tensor, right: Tensor, out: Tensor, problem: Problem)
     run(choose_tiles(product, left.device, run))
 
 
+def _inner_gradient(grad_y: Tensor, hidden: Tensor, problem: Problem, inner: Tensor, grad_hidden: Tensor) -> Tensor:
+    """Write the weighted activation and the gradient of hidden; return that of the weights."""
+    if _on_hopper(grad_y, problem):
+        return _inner_gradient_in_one(grad_y, hidden, problem, inner, grad_hidden)
+    grad_inner = torch.empty_like(inner)
+    _rows_by_weight(grad_y, problem.w_out, grad_inner, problem, transposed=True, gather=True)
+    grad_weights = torch.zeros_like(problem.weights)
+    block_t = 4
+    kernels.activation_gradient[(triton.cdiv(problem.n_rows, block_t),)](
+        grad_inner,
+        hidden,
+        problem.weights,
+        problem.assignments.assignment_of_row,
+        problem.n_computed,
+        grad_hidden,
+        inner,
+        grad_weights,
+        inner.shape[1],
+        KIND=problem.activation,
+        GATED=problem.parts == 2,
+        FAST=_fast(hidden),
+        BLOCK_T=block_t,
+        BLOCK_F=256,
+        num_warps=4,
+    )
+    return grad_weights
+
+
+def _inner_gradient_in_one(
+    grad_y: Tensor, hidden: Tensor, problem: Problem, inner: Tensor, grad_hidden: Tensor
+) -> Tensor:
+    from triton.experimental.gluon.language import bfloat16, float16
+    from triton.experimental.gluon.language._layouts import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    from moe.model.experts.fused import hopper
+
+    def in_gluon(descriptor: TensorDescriptor) -> GluonDescriptor:
+        dtype = bfloat16 if descriptor.base.dtype == torch.bfloat16 else float16
+        block = list(descriptor.block_shape)
+        layout = NVMMASharedLayout.get_default_for(block, dtype)
+        return GluonDescriptor(descriptor.base, list(descriptor.shape), list(descriptor.strides), block, layout)
+
+    n_experts, d_model, d_ff = problem.w_out.shape
+    block_m, block_n, block_k, part = (
+        size.value for size in (hopper.BLOCK_M, hopper.BLOCK_N, hopper.BLOCK_K, hopper.PART)
+    )
+    schedule = problem.schedule(block_m)
+    dots = torch.zeros(*problem.weights.shape, d_ff // block_n, device=hidden.device)
+    hopper.inner_gradient[_programs(hidden)](
+        grad_y,
+        in_gluon(_descriptor(problem.w_out.view(n_experts * d_model, d_ff), [block_k, block_n])),
+        in_gluon(_descriptor(hidden, [block_m, part])),
+        problem.weights,
+        in_gluon(_ragged(grad_hidden, [block_m, part])),
+        in_gluon(_ragged(inner, [block_m, part])),
+        dots,
+        problem.assignments.assignment_of_row,
+        *schedule[:2],
+        problem.assignments.ends,
+        schedule.n_tiles,
+        d_model,
+        d_ff,
+        problem.n_rows - 1,
+        K=problem.top_k,
+        num_warps=8,
+    )
+    return dots.sum(dim=-1)
+
+
 # ------------------------------------------------------------------------------------------------- the moves of data
 
 
@@ -233,46 +291,6 @@ def _sum_choices(rows: Tensor, problem: Problem, out: Tensor, *, weighted: bool)
     )
 
 
-def _weighted_activation(hidden: Tensor, problem: Problem, out: Tensor) -> None:
-    block_t, block_f = 4, 256
-    kernels.weighted_activation[(triton.cdiv(problem.n_rows, block_t), triton.cdiv(out.shape[1], block_f))](
-        hidden,
-        problem.weights,
-        problem.assignments.assignment_of_row,
-        problem.n_computed,
-        out,
-        out.shape[1],
-        KIND=problem.activation,
-        GATED=problem.parts == 2,
-        FAST=_fast(hidden),
-        BLOCK_T=block_t,
-        BLOCK_F=block_f,
-        num_warps=4,
-    )
-
-
-def _activation_gradient(
-    grad_inner: Tensor, hidden: Tensor, problem: Problem, grad_hidden: Tensor, grad_weights: Tensor
-) -> None:
-    block_t = 4
-    kernels.activation_gradient[(triton.cdiv(problem.n_rows, block_t),)](
-        grad_inner,
-        hidden,
-        problem.weights,
-        problem.assignments.assignment_of_row,
-        problem.n_computed,
-        grad_hidden,
-        grad_weights,
-        grad_inner.shape[1],
-        KIND=problem.activation,
-        GATED=problem.parts == 2,
-        FAST=_fast(hidden),
-        BLOCK_T=block_t,
-        BLOCK_F=256,
-        num_warps=4,
-    )
-
-
 # -------------------------------------------------------------------------------------------------- what they need
 
 
@@ -301,22 +319,14 @@ def _ragged(tensor: Float[Tensor, "N *axes"], block: Sequence[int]) -> TensorDes
     )
 
 
-_second_streams: dict[torch.device, torch.cuda.Stream] = {}
+def _on_hopper(x: Tensor, problem: Problem) -> bool:
+    """Whether :mod:`.hopper` has a kernel for this problem and this device, and its language is there."""
+    _, d_model, d_ff = problem.w_out.shape
+    fits = problem.activation == "swiglu" and d_model % 64 == 0 and d_ff % 256 == 0
+    return fits and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9 and _gluon_is_known()
 
 
-@contextmanager
-def _beside(x: Tensor) -> Iterator[Callable[[], AbstractContextManager[object]]]:
-    """``with _beside(x) as beside``: what is in ``with beside()`` is launched on a second stream, beside the rest.
-
-    It starts when all that was launched before the block is done, and the block ends when both are. The product is to
-    be launched first: it has a program on every multiprocessor, and the moves take the room that it leaves.
-    """
-    if not x.is_cuda:
-        yield nullcontext
-        return
-    if x.device not in _second_streams:
-        _second_streams[x.device] = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
-    current, second = torch.cuda.current_stream(x.device), _second_streams[x.device]
-    second.wait_stream(current)
-    yield lambda: torch.cuda.stream(second)
-    current.wait_stream(second)
+@cache
+def _gluon_is_known() -> bool:
+    """Gluon is experimental, and its names change: these versions were tried."""
+    return (3, 6) <= tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 8)
