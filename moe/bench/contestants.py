@@ -1,6 +1,7 @@
 """Who takes part: each implementation under a name, the package it needs, and how it is built."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -8,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 from moe.bench import layers, models
-from moe.config import ExpertBackend
+from moe.config import Checkpointing, ExpertBackend
 
 Bench = Literal["layer", "step", "decode"]
 Settings = Literal["users", "ours"]
@@ -63,6 +64,8 @@ class Contestant:
     """whether it computes in bf16 where float32 is asked for"""
     bound: bool = False
     """whether it is what shares are taken of"""
+    warm: Callable[[], AbstractContextManager[None]] | None = None
+    """a context in which its kernels may be compiled while others are at work, because nothing is tuned by timing"""
 
 
 ON_ANY_DEVICE = ("grouped_mm", "batched_mm", "eager")
@@ -80,6 +83,7 @@ def layer_contestants() -> list[Contestant]:
             partial(layers.transformers_experts, implementation=implementation, compiled=compiled),
             TRANSFORMERS,
             devices=("cpu", "cuda") if implementation in ON_ANY_DEVICE else ("cuda",),
+            warm=nullcontext if compiled else None,
         )
         for implementation in (*ON_ANY_DEVICE, "deepgemm", "sonicmoe")
         for compiled in (False, True)
@@ -92,6 +96,7 @@ def layer_contestants() -> list[Contestant]:
                 f"ours {backend}{' compiled' * compiled}",
                 partial(layers.ours, backend=backend, compiled=compiled),
                 ours=True,
+                warm=nullcontext if compiled and backend == "grouped" else None,
             )
             for backend in BACKENDS
             for compiled in (False, True)
@@ -99,7 +104,6 @@ def layer_contestants() -> list[Contestant]:
         ),
         Contestant("plain loop", layers.plain_loop),
         *transformers,
-        Contestant("sonic-moe", layers.sonic_experts, SONIC, devices=("cuda",)),
         Contestant("liger-kernel", layers.liger_experts, LIGER, devices=("cuda",)),
         Contestant("moe-ops", layers.moe_ops_experts, MOE_OPS, devices=("cuda",)),
         *(
@@ -108,11 +112,13 @@ def layer_contestants() -> list[Contestant]:
                 partial(layers.torchtitan_experts, compiled=compiled),
                 TORCHTITAN,
                 low_precision=True,
+                warm=nullcontext if compiled else None,
             )
             for compiled in (False, True)
         ),
         Contestant("mixture-of-experts", layers.mixture_of_experts, MIXTURE_OF_EXPERTS, devices=("cpu",), drops=True),
         Contestant("st-moe-pytorch", layers.st_moe, ST_MOE, devices=("cpu",), drops=True),
+        Contestant("sonic-moe", layers.sonic_experts, SONIC, devices=("cuda",), warm=layers.untuned_quack),
     ]
 
 
@@ -123,6 +129,7 @@ def step_contestants() -> list[Contestant]:
             f"mixtral {experts}{' compiled' * compiled}{', eager attention' * (attention == 'eager')}",
             partial(models.mixtral, experts=experts, attention=attention, compiled=compiled),
             TRANSFORMERS,
+            devices=("cpu", "cuda") if attention == "sdpa" else ("cpu",),
         )
         for experts in ON_ANY_DEVICE
         for compiled in (False, True)
@@ -148,6 +155,16 @@ def step_contestants() -> list[Contestant]:
             )
             for backend in BACKENDS
             for compiled in (False, True)
+        ),
+        *(
+            Contestant(
+                f"ours fused compiled, {part} recomputed",
+                partial(models.ours, backend="fused", compiled=True, checkpointing=part),
+                ours=True,
+                devices=("cuda",),
+            )
+            for part in get_args(Checkpointing)
+            if part != "none"
         ),
         *mixtral,
         Contestant(

@@ -75,6 +75,14 @@ class LayerTask:
         self.build, self.cell, self.device, self.low_precision = build, cell, device, low_precision
         self.dtype = torch.bfloat16 if cell.precision == "bf16" else torch.float32
 
+    def warm(self) -> dict[str, Any]:
+        """Run once, so that kernels get compiled."""
+        layer = self.build(self.cell.layer, self._weights())
+        self._both(layer, self._input(0))
+        del layer
+        release(self.device)
+        return {}
+
     def prepare(self) -> dict[str, Any]:
         """Check output and gradients against the float32 loop, and measure memory. Raises UserError if one is off."""
         weights = self._weights()

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,6 +233,29 @@ def sonic_experts(shape: LayerShape, weights: Weights) -> Layer:
         return Weights(pairs.transpose(1, 2).flatten(1, 2), gradients[1])
 
     return Layer(forward, [w1, w2], ours)
+
+
+@contextmanager
+def untuned_quack() -> Iterator[None]:
+    """Let QuACK, whose products SonicMoE calls, compile all its configurations without timing any.
+
+    What it then takes for the best is forgotten at the end, so that the next call tunes, on compiled kernels.
+    """
+    os.environ.setdefault("QUACK_COMPILE_WORKERS", str(min(16, os.cpu_count() or 1)))
+    from quack.gemm_interface import gemm_dgated_tuned, gemm_gated_tuned, gemm_tuned
+
+    tuners: list[Any] = [gemm_tuned, gemm_gated_tuned, gemm_dgated_tuned]
+    kept = [tuner.cache_results for tuner in tuners]
+    for tuner in tuners:
+        tuner.cache_results = False
+        tuner.do_bench = lambda call, quantiles: [1.0 for _ in quantiles]
+    try:
+        yield
+    finally:
+        for tuner, results in zip(tuners, kept, strict=True):
+            tuner.cache_results = results
+            tuner.cache.clear()
+            del tuner.do_bench
 
 
 def liger_experts(shape: LayerShape, weights: Weights) -> Layer:

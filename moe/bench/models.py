@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 
 from moe.bench.agreement import UnfitError, sample
 from moe.bench.shapes import ModelShape
-from moe.config import ExpertBackend, OptimizerConfig
+from moe.config import Checkpointing, ExpertBackend, OptimizerConfig
 from moe.model.transformer import Transformer
+from moe.model.weight_dtype import keep_weights
+from moe.training.compiled import compile_blocks
+from moe.training.gpu import preferred_attention
 from moe.training.head_loss import head_loss
+from moe.training.machine import autocast
 from moe.training.optimizer import build_optimizer
 
 LEARNING_RATE = 1e-4
@@ -48,6 +53,26 @@ class ModelUnderTest:
         }
 
 
+def park(model: ModelUnderTest) -> None:
+    """Give the memory of the weights back; the model stays, and with it what was compiled for it."""
+    for parameter in model.module.parameters():
+        parameter.untyped_storage().resize_(0)
+
+
+def unpark(model: ModelUnderTest, shape: ModelShape) -> None:
+    """Give a parked model weights again, as they were at first or (those that are its own) others like them."""
+    own = dict(model.module.named_parameters())
+    with torch.no_grad():
+        for parts in model.names.values():
+            for part in parts:
+                parameter = own.pop(part)
+                parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
+        for parameter in own.values():
+            parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
+            nn.init.normal_(parameter, std=0.02)
+    adopt(model.module, model.names, shape)
+
+
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
@@ -73,22 +98,29 @@ def adopt(module: nn.Module, names: Mapping[str, tuple[str, ...]], shape: ModelS
 def our_transformer(
     shape: ModelShape, backend: ExpertBackend, device: torch.device, dtype: torch.dtype, *, dense_twin: bool = False
 ) -> Transformer:
-    """Our model, its weights drawn on the device by :func:`fill`."""
+    """Our model, its weights drawn on the device by :func:`fill`; with ``dtype`` bfloat16, all that training keeps so.
+
+    The others are then rounded to bfloat16, so that they equal those of peers, which keep all so.
+    """
     with torch.device("meta"):
         model = Transformer(shape.config(backend, dense_twin=dense_twin))
-    model = model.to(dtype).to_empty(device=device)
+    keep_weights(model, "bf16" if dtype == torch.bfloat16 else "fp32")
+    model = model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            fill(parameter, name, shape)
+    adopt(model, {name: (name,) for name, _ in model.named_parameters()}, shape)
+    if dtype == torch.bfloat16:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
     return model
 
 
 def fill(parameter: Tensor, name: str, shape: ModelShape) -> None:
     """Draw one parameter as it is initialised in training: norms 1, matrices normal, from a seed of its own ``name``.
 
-    On the parameter's own device, so that seven billion weights take no minute on the host.
+    On the parameter's own device, so that seven billion weights take no minute on the host; in float32, so that every
+    dtype has the same.
     """
     if name.endswith("norm.weight"):
         nn.init.ones_(parameter)
@@ -96,7 +128,8 @@ def fill(parameter: Tensor, name: str, shape: ModelShape) -> None:
     digest = hashlib.sha256(name.encode()).digest()
     generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
     std = 0.02 / math.sqrt(2 * shape.n_layers) if name.endswith(RESIDUAL_OUTPUTS) else 0.02
-    nn.init.normal_(parameter, std=std, generator=generator)
+    drawn = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+    parameter.copy_(nn.init.normal_(drawn, std=std, generator=generator))
 
 
 def ours(
@@ -107,16 +140,23 @@ def ours(
     backend: ExpertBackend = "auto",
     compiled: bool = False,
     dense_twin: bool = False,
+    checkpointing: Checkpointing = "none",
 ) -> ModelUnderTest:
-    """Our model as ``train.py`` trains it: blocks compiled one by one, cross-entropy without logits, fused AdamW."""
+    """Our model as ``train.py`` trains it: blocks compiled one by one, cross-entropy without logits, fused AdamW.
+
+    The loss is the cross-entropy alone, as for everyone here.
+    """
     model = our_transformer(shape, backend, device, dtype, dense_twin=dense_twin)
+    model.activation_checkpointing = checkpointing
     if compiled:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model, print)
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        hidden, _ = model.hidden(tokens)
-        return head_loss(hidden, model.head.weight, targets)
+        # Weights in bfloat16 are trained under autocast too, for some stay float32.
+        mixed = autocast(device, "bf16") if dtype == torch.bfloat16 else nullcontext()
+        with mixed, preferred_attention(device):
+            hidden, _ = model.hidden(tokens)
+            return head_loss(hidden, model.head.weight, targets)
 
     def optimizer() -> torch.optim.Optimizer:
         return build_optimizer(model, OptimizerConfig(lr=LEARNING_RATE, clip=None))

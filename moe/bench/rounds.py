@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -60,35 +60,37 @@ class WorkerError(Exception):
 class Worker:
     """The process of one contestant."""
 
-    def __init__(self, bench: Bench, entry: Entry, device: str, folder: Path, patience: float) -> None:
-        """``folder`` is shared by all; ``patience`` is how many seconds one answer may take."""
-        self.patience = patience
-        self.log = folder / f"{entry.name.replace('/', '-').replace(' ', '_')}.log"
-        description = {
-            "bench": bench,
-            "contestant": entry.contestant.name,
-            "settings": entry.settings,
-            "device": device,
-            "folder": str(folder),
-        }
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "moe.bench.worker", json.dumps(description)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-            )
-        self.unread = b""
+    def __init__(self, command: Sequence[str], log: Path, patience: float) -> None:
+        """Start ``command``, its standard error to ``log``; ``patience`` is how many seconds one answer may take."""
+        self.log, self.patience = log, patience
+        with log.open("wb") as errors:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+        self.unread, self.is_busy = b"", False
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request and wait for the answer. Raises WorkerError."""
-        stdin = self.process.stdin
-        assert stdin is not None
+        if self.is_busy:  # with what start() sent; if that failed, so will this, and say why
+            self.is_busy = False
+            with suppress(WorkerError):
+                self._receive()
+        self._send(request)
+        return self._receive()
+
+    def start(self, **request: Any) -> None:
+        """Send a request without waiting: the next :meth:`ask` comes after it."""
+        self._send(request)
+        self.is_busy = True
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def _receive(self) -> dict[str, Any]:
         try:
-            stdin.write(json.dumps(request).encode() + b"\n")
-            stdin.flush()
             reply: dict[str, Any] = json.loads(self._line())
-        except (BrokenPipeError, EOFError):
+        except EOFError:
             raise WorkerError(self._how_it_died()) from None
         if "failed" in reply:
             raise WorkerError(reply["failed"], reply["unfit"])
@@ -145,6 +147,18 @@ def run_rounds(
     order of turns moves on by one each round. ``lock`` is a file that is locked while something is timed, and shared
     while something is prepared, for other work on the machine that keeps to it.
     """
+
+    def start_worker(entry: Entry) -> Worker:
+        description = {
+            "bench": bench,
+            "contestant": entry.contestant.name,
+            "settings": entry.settings,
+            "device": device,
+            "folder": str(folder),
+        }
+        command = [sys.executable, "-m", "moe.bench.worker", json.dumps(description)]
+        return Worker(command, folder / f"{entry.name.replace(' ', '_')}.log", patience)
+
     workers: dict[str, Worker] = {}
     eager = device == "cuda"  # there a process loads on a core of its own while others compute
     try:
@@ -153,13 +167,17 @@ def run_rounds(
             results = [Result(entry, cell) for entry in entries]
             if eager:
                 for entry in entries:
-                    workers.setdefault(entry.name, Worker(bench, entry, device, folder, patience))
+                    if entry.name not in workers:
+                        workers[entry.name] = start_worker(entry)
+                for entry in entries:
+                    if entry.contestant.warm:  # all at once, each on cores of its own
+                        workers[entry.name].start(do="warm", cell=asdict(cell))
             for result in results:
                 with _locked(lock, fcntl.LOCK_SH):
                     start = time.monotonic()
                     worker = workers.get(result.entry.name)
                     if worker is None or worker.process.poll() is not None:
-                        worker = workers[result.entry.name] = Worker(bench, result.entry, device, folder, patience)
+                        worker = workers[result.entry.name] = start_worker(result.entry)
                     try:
                         result.facts = worker.ask(do="prepare", cell=asdict(cell))
                     except WorkerError as failed:

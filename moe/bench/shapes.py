@@ -47,8 +47,9 @@ LAYERS = {
     "tiny": LayerShape(4096, 128, 256, 16, 2),
     "small": LayerShape(4096, 256, 512, 16, 2),
     "wide": LayerShape(4096, 512, 1024, 16, 2),
+    "mini": LayerShape(512, 32, 64, 4, 2),
 }
-"""the first five fill a large GPU, the last three are layers for a CPU"""
+"""the first five fill a large GPU, three are for a CPU, and with the last one sees that everything runs"""
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class ModelShape:
 MODELS = {
     "tiny": ModelShape(4, 128, 8, 256, 16, 2, vocabulary=512, sequence=128, batch=32),
     "small": ModelShape(6, 256, 8, 512, 16, 2, vocabulary=4096, sequence=256, batch=16),
+    "mini": ModelShape(2, 32, 2, 64, 4, 2, vocabulary=64, sequence=64, batch=2),
     "1b": ModelShape(16, 2048, 16, 4096, 16, 2, vocabulary=32768, sequence=4096, batch=8),
 }
-"""two for a CPU, and 6.85B parameters of which a token uses 1.21B"""
+"""two for a CPU, one to see that everything runs, and 6.85B parameters of which a token uses 1.21B"""

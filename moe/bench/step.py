@@ -1,5 +1,7 @@
 """A whole training step: forward, backward and fused AdamW, on fresh random tokens each time."""
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from moe.bench.agreement import MODEL_TOLERANCE, Agreement, pooled_error
 from moe.bench.measure import kept_bytes, peak_bytes, release, timings
-from moe.bench.models import ModelUnderTest, reference_gradients
+from moe.bench.models import ModelUnderTest, park, reference_gradients, unpark
 from moe.bench.shapes import MODELS, ModelShape, Work
 from moe.errors import UserError
 from moe.training.machine import autocast
@@ -53,7 +55,7 @@ class StepTask:
     """One contestant in one cell: built, checked, and timed turn by turn.
 
     Between its turns it holds weights alone, so that many wait beside each other; on CUDA, where models are large, not
-    even these.
+    even these (:func:`~moe.bench.models.park`).
     """
 
     def __init__(
@@ -72,16 +74,19 @@ class StepTask:
         wanted_loss, wanted = self._reference()
         model = self._built()
         tokens, targets = self._batch(0)
+        start = time.monotonic()
         with self._precision():
             loss = model.loss(tokens, targets)
         torch.autograd.backward(loss)
+        value = float(loss)
+        first_seconds = time.monotonic() - start
         precision = "bf16" if self.low_precision else self.cell.precision
         errors = {}
         if model.names:
             errors["gradients"] = pooled_error(model.gradients(), wanted)
-            errors["loss"] = abs(float(loss) - wanted_loss) / wanted_loss
-        elif not torch.isfinite(loss):
-            raise UserError(f"its loss is {float(loss)}")
+            errors["loss"] = abs(value - wanted_loss) / wanted_loss
+        elif not math.isfinite(value):
+            raise UserError(f"its loss is {value}")
         agreement = Agreement(errors, MODEL_TOLERANCE[precision])
         if not agreement.holds:
             raise UserError(agreement.failure())
@@ -101,6 +106,7 @@ class StepTask:
         return {
             "error": agreement.worst,
             "note": "" if model.names else "its weights are its own: only its loss was checked, to be finite",
+            "first_seconds": first_seconds,
             "kept_bytes": kept,
             "peak_bytes": peak,
             "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
@@ -126,13 +132,15 @@ class StepTask:
         if self.model is None:
             self.model = self.build(self.cell.model, self.device, self.dtype)
             self.model.module.train()
+        elif self.device.type == "cuda":
+            unpark(self.model, self.cell.model)
         return self.model
 
     def _rest(self) -> None:
         assert self.model is not None
         self.model.module.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
-            self.model = None
+            park(self.model)
         release(self.device)
 
     def _precision(self) -> Any:

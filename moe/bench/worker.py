@@ -56,12 +56,13 @@ def make_task(bench: str, contestant: Contestant, cell: dict[str, Any], device: 
     return DecodeTask(contestant.build, DecodeCell(**cell), device, folder)
 
 
-def answer(request: dict[str, Any], tasks: dict[str, Task], start: Any) -> dict[str, Any]:
-    """Carry out one request: prepare a cell, take a turn in it, or drop it."""
+def answer(request: dict[str, Any], tasks: dict[str, Task], start: Any, warm: Any) -> dict[str, Any]:
+    """Carry out one request: compile for a cell, prepare it, take a turn in it, or drop it."""
     key = json.dumps(request["cell"], sort_keys=True)
-    if request["do"] == "prepare":
-        tasks[key] = start(request["cell"])
-        return tasks[key].prepare()
+    if request["do"] in ("warm", "prepare"):
+        if key not in tasks:
+            tasks[key] = start(request["cell"])
+        return tasks[key].prepare() if request["do"] == "prepare" else warm(tasks[key])
     if request["do"] == "turn":
         return {"seconds": tasks[key].turn(request["round"])}
     tasks.pop(key, None)
@@ -84,9 +85,14 @@ def main(description: str) -> None:
     def start(cell: dict[str, Any]) -> Task:
         return make_task(settings["bench"], contestant, cell, device, Path(settings["folder"]))
 
+    def warm(task: Task) -> dict[str, Any]:
+        assert contestant.warm is not None and isinstance(task, LayerTask)
+        with contestant.warm():
+            return task.warm()
+
     for line in sys.stdin:
         try:
-            reply = answer(json.loads(line), tasks, start)
+            reply = answer(json.loads(line), tasks, start, warm)
         except Exception as error:
             traceback.print_exc()
             reply = {"failed": describe(error), "unfit": is_unfit(error)}
