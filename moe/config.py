@@ -73,9 +73,11 @@ CapacityScope = Literal["micro_batch", "sequence"]
 BalanceScope = Literal["sequence", "micro_batch", "global_batch"]
 BalancedChoices = Literal["all", "first"]
 Precision = Literal["auto", "fp32", "bf16"]
-Weights = Literal["fp32", "bf16"]
+WeightDtype = Literal["fp32", "bf16"]
 Checkpointing = Literal["none", "attention", "experts", "block"]
 Device = Literal["auto", "cpu", "cuda"]
+OptimizerName = Literal["adamw", "muon"]
+StepSize = Literal["adamw", "spectral"]
 ScheduleShape = Literal["cosine", "wsd", "constant"]
 
 
@@ -846,9 +848,30 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW."""
+class MuonConfig:
+    """What Muon adds to the settings of AdamW."""
 
+    rate: float | None = None
+    """peak learning rate of the matrices; null: that of AdamW, which suits the step size adamw"""
+    momentum: float = 0.95
+    """decay of the momentum, which is Nesterov's"""
+    iterations: int = 5
+    """Newton-Schulz iterations"""
+    step_size: StepSize = "adamw"
+    """size of a step: adamw (root mean square 0.2 rate, Liu et al. 2025), or spectral (Jordan's: rate near 0.02)"""
+
+    def __post_init__(self) -> None:
+        require(self.rate is None or self.rate > 0, "rate", f"is {self.rate}, and must be positive")
+        require(0 <= self.momentum < 1, "momentum", f"is {self.momentum}, and must lie in [0, 1)")
+        _at_least(self, 1, "iterations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, alone or beside Muon."""
+
+    name: OptimizerName = "adamw"
+    """adamw, or muon for the matrices of attention, MLPs and experts (each its own) and AdamW for all else"""
     lr: float = 3e-3
     """peak learning rate"""
     beta1: float = 0.9
@@ -863,8 +886,14 @@ class OptimizerConfig:
     """whether the router's matrix decays too"""
     clip: float | None = 1.0
     """largest norm of the whole gradient; null: no clipping"""
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
     def __post_init__(self) -> None:
+        require(
+            self.name == "muon" or self.muon == MuonConfig(),
+            "name",
+            f"is {self.name}, but training.optimizer.muon is set; choose muon, or leave that section out",
+        )
         require(self.lr > 0, "lr", f"is {self.lr}, and must be positive")
         require(self.eps > 0, "eps", f"is {self.eps}, and must be positive")
         require(0 <= self.beta1 < 1, "beta1", f"is {self.beta1}, and must lie in [0, 1)")
@@ -891,10 +920,6 @@ class ScheduleConfig:
         _in_unit_interval(self, "decay_fraction", "final_fraction")
 
 
-LARGEST_BF16_BETA2 = 0.99
-"""bfloat16 has steps of 1/256 to 1/128 of a number: what fades more slowly than half a step does not fade at all"""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """One run: how long, how large a step, in what precision, and what it writes."""
@@ -911,8 +936,8 @@ class TrainingConfig:
     """auto takes a GPU if there is one"""
     precision: Precision = "auto"
     """fp32, bf16 (autocast over float32 weights; router, losses and combine stay float32), or auto: the faster here"""
-    weights: Weights = "fp32"
-    """what parameters and optimizer states are kept in; bf16 halves their memory (router and norms stay float32)"""
+    weight_dtype: WeightDtype = "fp32"
+    """dtype of parameters and optimizer states; bf16 is half the memory, rounded by chance (router, norms stay fp32)"""
     compile: bool = False
     """compile each block with torch.compile"""
     activation_checkpointing: Checkpointing = "none"
@@ -941,13 +966,9 @@ class TrainingConfig:
             "accumulation",
             f"is {self.accumulation}, which does not divide batch_size = {self.batch_size}",
         )
-        if self.weights == "bf16":
-            require(self.precision != "fp32", "precision", "is fp32, but with training.weights bf16 there is only bf16")
+        if self.weight_dtype == "bf16":
             require(
-                self.optimizer.beta2 <= LARGEST_BF16_BETA2,
-                "optimizer.beta2",
-                f"is {self.optimizer.beta2}, and must be at most {LARGEST_BF16_BETA2} with training.weights bf16: "
-                "a second moment that falls by less than 1/256 a step is rounded back to where it was",
+                self.precision != "fp32", "precision", "is fp32, but with training.weight_dtype bf16 there is only bf16"
             )
 
 

@@ -315,7 +315,7 @@ class Checkpoint:
         _require_same_names(path, saved, by_name, "optimizer")
         for group in optimizer.param_groups:
             _require_same_hyperparameters(path, group, [names[id(parameter)] for parameter in group["params"]], saved)
-        state = _state_by_name(path, stored, by_name)
+        state = _state_by_name(path, stored, by_name, [group["parameters"] for group in groups])
 
         # The optimizer's own loader puts each tensor where the optimizer wants it (fused AdamW: the step on the GPU).
         packed = optimizer.state_dict()
@@ -449,11 +449,13 @@ def _require_same_hyperparameters(
 
 
 def _state_by_name(
-    path: Path, stored: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    path: Path, stored: Mapping[str, Tensor], parameters: Mapping[str, Tensor], groups: Sequence[Sequence[str]]
 ) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's tensors by parameter and kind; a parameter that never had a gradient has none, or has all."""
+    """The optimizer's tensors by parameter and kind.
+
+    The parameters of a group have the same kinds, all of them or, if there never was a gradient, none.
+    """
     state: dict[str, dict[str, Tensor]] = {}
-    kinds = {key.partition("/")[0] for key in stored}
     for key, tensor in stored.items():
         kind, _, name = key.partition("/")
         if name not in parameters:
@@ -462,7 +464,9 @@ def _state_by_name(
             _require_like(path, key, tensor, parameters[name])
         # A copy: the file's memory must not outlive the file, which a later save removes.
         state.setdefault(name, {})[kind] = tensor.clone()
-    for name, tensors in state.items():
-        if missing := sorted(kinds - tensors.keys()):
-            raise UserError(f"{path}: has no {missing[0]}/{name}, which goes with {sorted(tensors)[0]}/{name}")
+    for names in groups:
+        kinds = {kind for name in names for kind in state.get(name, {})}
+        for name in state.keys() & set(names):
+            if missing := sorted(kinds - state[name].keys()):
+                raise UserError(f"{path}: has no {missing[0]}/{name}, which goes with {sorted(state[name])[0]}/{name}")
     return state

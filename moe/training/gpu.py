@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float
@@ -52,3 +54,9 @@ class Transfer:
             self._arrival.synchronize()
         values: list[float] = self._numbers.tolist()
         return values
+
+
+@cache
+def triton_is_installed() -> bool:
+    """Whether kernels in Triton can be used; torch's builds for CUDA bring it along."""
+    return find_spec("triton") is not None

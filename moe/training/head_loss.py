@@ -7,8 +7,6 @@ is as large as makes the products fast, stays in the dtype of the product, and o
 where Triton is installed) puts the gradient in its place.
 """
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe.model.experts.weights import compute_dtype
+from moe.training.gpu import triton_is_installed
 
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
 """largest block of logits, counted as float32: what fits a CPU's cache; on a GPU, 8192 rows of 32768"""
@@ -109,12 +108,7 @@ def _log_softmax(logits: Float[Tensor, "T V"]) -> Float[Tensor, "T V"]:
 
 
 def _kernel_takes(logits: Float[Tensor, "T V"]) -> bool:
-    return logits.is_cuda and logits.dtype != torch.float64 and _triton_is_installed()
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
+    return logits.is_cuda and logits.dtype != torch.float64 and triton_is_installed()
 
 
 def _add_product(total: Float[Tensor, "V D"], a: Float[Tensor, "V T"], b: Float[Tensor, "T D"]) -> Float[Tensor, "V D"]:

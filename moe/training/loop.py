@@ -100,7 +100,7 @@ class Training:
         self.precision = settings.precision
         self.micro_batch = require_divisible(settings, world.size)
         self.model = Transformer(config.model, settings.seed)
-        keep_weights(self.model, settings.weights)
+        keep_weights(self.model, settings.weight_dtype)
         self.model.to(device)
         self.model.activation_checkpointing = settings.activation_checkpointing
         self.optimizer = build_optimizer(self.model, settings.optimizer)

@@ -1,37 +1,88 @@
-"""AdamW with parameter groups that are decided, and checked, by name."""
+"""AdamW, alone or beside Muon, with parameter groups that are decided, and checked, by name."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.config import OptimizerConfig
+from moe.model.feed_forward import GATED
+from moe.model.transformer import Transformer
+from moe.training.mixed_optimizer import MixedOptimizer
 
-DECAYED = ("embedding.weight", "head.weight", ".w_in", ".w_out", ".w_in.weight", ".w_out.weight", ".gate.weight")
+MLP_IN, MLP_OUT = (".w_in", ".w_in.weight"), (".w_out", ".w_out.weight")
+DECAYED = ("embedding.weight", "head.weight", ".gate.weight", *MLP_IN, *MLP_OUT)
 DECAYED_ATTENTION = (".query.weight", ".key.weight", ".value.weight", ".output.weight")
 NEVER_DECAYED = ("norm.weight", ".bias", ".b_in", ".b_out", ".router.temperature", ".special.constant")
 ROUTER = tuple(f".router.{name}" for name in ("weight", "inner_weight", "noise_weight", "residual_weight"))
 ROUTER += (".special.mixing",)  # decides, token by token, what a constant expert returns: a gate like the router
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) over two groups, ``decay`` and ``no_decay``.
+def build_optimizer(model: Transformer, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The configured optimizer over the groups ``decay`` and ``no_decay``, for Muon also ``matrices`` and ``gated``.
+
+    AdamW is Loshchilov & Hutter 2019, algorithm 2: torch's fused form, or where weights are bfloat16 our own, which
+    rounds by chance (:mod:`.adamw`). Muon takes the matrices of attention, MLPs and experts; embedding, head, gates and
+    routers stay with AdamW. All take ``found_inf`` (:class:`~moe.training.step.TrainingStep`).
 
     An expert without tokens has a zero gradient, not none: its moments fade and its weights still decay, as those of
     any weight whose gradient happens to be zero.
     """
     groups = parameter_groups(model, config.decay_router)
-    return torch.optim.AdamW(
-        [
-            {"params": list(groups["decay"].values()), "weight_decay": config.weight_decay, "name": "decay"},
-            {"params": list(groups["no_decay"].values()), "weight_decay": 0.0, "name": "no_decay"},
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    moments: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.name == "muon":
+        return MixedOptimizer(_groups_with_muon(model, groups, config, moments))
+    adamw = [
+        {"params": list(groups["decay"].values()), "weight_decay": config.weight_decay, "name": "decay"},
+        {"params": list(groups["no_decay"].values()), "weight_decay": 0.0, "name": "no_decay"},
+    ]
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        return MixedOptimizer([group | moments for group in adamw])
+    return torch.optim.AdamW(adamw, **moments, fused=True)
+
+
+def _groups_with_muon(
+    model: Transformer, groups: dict[str, dict[str, nn.Parameter]], config: OptimizerConfig, moments: dict[str, Any]
+) -> list[dict[str, Any]]:
+    gated_in = MLP_IN if model.config.feed_forward.activation in GATED else ()
+    matrices, gated, rest = [], [], []
+    for name, parameter in groups["decay"].items():
+        if name.endswith(gated_in):
+            gated.append(parameter)
+        elif name.endswith((*MLP_IN, *MLP_OUT, *DECAYED_ATTENTION)):
+            matrices.append(parameter)
+        else:
+            rest.append(parameter)
+    muon = config.muon
+    by_muon = {
+        "rule": "muon",
+        "weight_decay": config.weight_decay,
+        "momentum": muon.momentum,
+        "iterations": muon.iterations,
+        "step_size": muon.step_size,
+        # The schedule gives the rate of AdamW, which this follows in proportion.
+        "relative_lr": 1.0 if muon.rate is None else muon.rate / config.lr,
+    }
+    return [
+        {"params": matrices, "name": "matrices", "halves": 1} | by_muon,
+        *([{"params": gated, "name": "gated", "halves": 2} | by_muon] if gated else []),
+        {"params": rest, "name": "decay", "weight_decay": config.weight_decay, "relative_lr": 1.0} | moments,
+        {
+            "params": list(groups["no_decay"].values()),
+            "name": "no_decay",
+            "weight_decay": 0.0,
+            "relative_lr": 1.0,
+        }
+        | moments,
+    ]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its learning rate where that of AdamW is ``rate``."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("relative_lr", 1.0)
 
 
 def parameter_groups(model: nn.Module, decay_router: bool) -> dict[str, dict[str, nn.Parameter]]:
@@ -67,6 +118,13 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
     return total
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Float[Tensor, ""]) -> None:
-    """Scale all gradients, whose ``norm`` this is, such that it is at most ``limit``; the host is not asked."""
-    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None, norm: Float[Tensor, ""]) -> None:
+    """Scale all gradients, whose ``norm`` this is, such that it is at most ``limit``; the host is not asked.
+
+    A :class:`MixedOptimizer` is told the factor instead, which saves a pass over the gradients.
+    """
+    if isinstance(optimizer, MixedOptimizer):
+        optimizer.factor = None if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+    elif limit is not None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)

@@ -24,7 +24,7 @@ from moe.training.gpu import Transfer, preferred_attention, to_device
 from moe.training.head_loss import head_loss
 from moe.training.machine import autocast
 from moe.training.objective import StepCounts, compose
-from moe.training.optimizer import clip_gradients, gradient_norm
+from moe.training.optimizer import clip_gradients, gradient_norm, set_learning_rate
 
 
 class MicroBatch(NamedTuple):
@@ -101,8 +101,7 @@ class TrainingStep:
         all ranks as they were. ``sparsity_coefficient`` is what that of the sparsity loss has become.
         """
         balance, router = self.model.config.balance, self.model.config.router
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         self.model.train()
         counts = StepCounts(self.world, choices=balance.choices, keep_logits=router.selection_bias == "quantile")
         parts: dict[str, Tensor] = {}
@@ -129,8 +128,7 @@ class TrainingStep:
                 parts[name] = parts.get(name, 0) + value.detach() / accumulation
         self.world.average_gradients(self.model)
         norm = gradient_norm(self.model.parameters())
-        if self.clip is not None:
-            clip_gradients(self.model.parameters(), self.clip, norm)
+        clip_gradients(self.optimizer, self.clip, norm)
         means = self.world.sum(torch.stack([*parts.values()])) / self.world.size
         total = self.world.sum(total)
         finite = norm.isfinite() & total.isfinite()

@@ -27,8 +27,9 @@ def capture_with(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
 
 @pytest.fixture(autouse=True)
 def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A compiler that has seen nothing yet, is quick, and is left as it was."""
+    """A compiler that has seen nothing yet, is quick, and is left as it was; attention as on a GPU."""
     capture_with(monkeypatch, "eager")
+    monkeypatch.setattr("moe.model.short_attention.pays", lambda *_, **__: False)
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=False):
