@@ -32,12 +32,12 @@ FLAGS = {
     "--skew NAMES": "layer: balanced, zipf (exponent 1), or both with a comma (default: balanced)",
     "--batch NAMES": "decode: sequences at once (default 1,16); step: sequences (default: the shape's)",
     "--rounds N": "turns of each contestant (default 3)",
-    "--only NAMES": "comma-separated names or patterns such as 'ours*' (default: everyone)",
+    "--only NAMES": "comma-separated names or patterns such as 'ours*' (default: the usual ones; '*': everyone)",
     "--settings NAMES": "of peers' processes on a CPU: users (as they come), ours (train.py's), or both (default)",
     "--out FOLDER": "write the numbers (bench-NAME.json) and a picture (.png, .svg) there",
     "--lock FILE": "hold a lock on FILE while something is timed, for other work that keeps to it",
     "--patience SECONDS": "longest that one contestant may take to prepare or to take a turn (default 600)",
-    "--list": "show the shapes and contestants, and stop",
+    "--list": "show the shapes and all contestants, the usual ones marked, and stop",
     "--help": "show this",
 }
 MEANING = """\
@@ -64,13 +64,13 @@ def bench_command(arguments: Sequence[str]) -> int:
         raise UserError(f"one of layer, step and decode is needed: {USAGE}")
     bench: Bench = line.positional[0]  # type: ignore[assignment]
     device = _device(options)
-    taking_part = _chosen(
-        entries(bench, device, _several(options, "--settings", get_args(Settings), "users,ours")), options
-    )
+    everyone = entries(bench, device, _several(options, "--settings", get_args(Settings), "users,ours"))
     if "--list" in options:
         print("shapes:", ", ".join(LAYERS if bench == "layer" else MODELS))
-        print("contestants:", *(f"  {entry.name}" for entry in taking_part), sep="\n")
+        print("contestants (* the usual ones):")
+        print(*(f"  {'*' if device in entry.contestant.usual else ' '} {entry.name}" for entry in everyone), sep="\n")
         return 0
+    taking_part = _chosen(everyone, device, options)
     cells = _cells(bench, device, options)
     rounds = _positive(options, "--rounds", 3)
     patience = _positive(options, "--patience", 600)
@@ -155,9 +155,9 @@ def _device(options: dict[str, str]) -> str:
     return device
 
 
-def _chosen(everyone: list[Entry], options: dict[str, str]) -> list[Entry]:
+def _chosen(everyone: list[Entry], device: str, options: dict[str, str]) -> list[Entry]:
     if "--only" not in options:
-        return everyone
+        return [entry for entry in everyone if device in entry.contestant.usual]
     patterns = [pattern.strip() for pattern in options["--only"].split(",")]
     chosen = [entry for entry in everyone if any(fnmatch(entry.name, pattern) for pattern in patterns)]
     for pattern in patterns:

@@ -57,6 +57,8 @@ class Contestant:
     """what it needs beside this codebase"""
     ours: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
+    usual: tuple[str, ...] = ("cpu", "cuda")
+    """the devices on which it takes part unless others are asked for by name"""
     drops: bool = False
     """whether it leaves out assignments, so that it does less"""
     dense_twin: bool = False
@@ -83,6 +85,7 @@ def layer_contestants() -> list[Contestant]:
             partial(layers.transformers_experts, implementation=implementation, compiled=compiled),
             TRANSFORMERS,
             devices=("cpu", "cuda") if implementation in ON_ANY_DEVICE else ("cuda",),
+            usual=("cpu", "cuda") if implementation in ("grouped_mm", "eager") and not compiled else (),
             warm=nullcontext if compiled else None,
         )
         for implementation in (*ON_ANY_DEVICE, "deepgemm", "sonicmoe")
@@ -96,6 +99,7 @@ def layer_contestants() -> list[Contestant]:
                 f"ours {backend}{' compiled' * compiled}",
                 partial(layers.ours, backend=backend, compiled=compiled),
                 ours=True,
+                usual=() if compiled else ("cpu", "cuda"),
                 warm=nullcontext if compiled and backend == "grouped" else None,
             )
             for backend in BACKENDS
@@ -122,14 +126,24 @@ def layer_contestants() -> list[Contestant]:
     ]
 
 
+OURS_IN_A_STEP: dict[bool, dict[ExpertBackend, tuple[str, ...]]] = {
+    False: {"reference": ("cpu",), "grouped": ("cpu",), "segments": ("cpu",), "fused": ("cpu", "cuda")},
+    True: {"segments": ("cpu",), "grouped": ("cuda",), "fused": ("cuda",)},
+}
+"""whether compiled -> our back-ends, and where they take part in a whole step without being asked for"""
+PLAIN = ("eager", "sdpa", False)
+"""transformers' Mixtral with its loop over experts"""
+
+
 def step_contestants() -> list[Contestant]:
     """Of the whole training step."""
     mixtral = [
         Contestant(
-            f"mixtral {experts}{' compiled' * compiled}{', eager attention' * (attention == 'eager')}",
+            f"mixtral {experts}{' compiled' * compiled}{' attn-eager' * (attention == 'eager')}",
             partial(models.mixtral, experts=experts, attention=attention, compiled=compiled),
             TRANSFORMERS,
             devices=("cpu", "cuda") if attention == "sdpa" else ("cpu",),
+            usual=("cpu", "cuda") if experts == "grouped_mm" or (experts, attention, compiled) == PLAIN else (),
         )
         for experts in ON_ANY_DEVICE
         for compiled in (False, True)
@@ -137,7 +151,7 @@ def step_contestants() -> list[Contestant]:
         if not (experts == "batched_mm" and (compiled or attention == "eager"))
     ]
     return [
-        Contestant("dense twin", partial(models.ours, dense_twin=True), ours=True, dense_twin=True),
+        Contestant("dense twin", partial(models.ours, dense_twin=True), ours=True, dense_twin=True, usual=()),
         Contestant(
             "dense twin compiled",
             partial(models.ours, dense_twin=True, compiled=True),
@@ -145,23 +159,27 @@ def step_contestants() -> list[Contestant]:
             dense_twin=True,
             bound=True,
         ),
-        Contestant("llama", models.llama, TRANSFORMERS, dense_twin=True),
-        Contestant("llama compiled", partial(models.llama, compiled=True), TRANSFORMERS, dense_twin=True),
+        Contestant("llama", models.llama, TRANSFORMERS, dense_twin=True, usual=()),
+        Contestant(
+            "llama compiled", partial(models.llama, compiled=True), TRANSFORMERS, dense_twin=True, usual=("cuda",)
+        ),
         *(
             Contestant(
                 f"ours {backend}{' compiled' * compiled}",
                 partial(models.ours, backend=backend, compiled=compiled),
                 ours=True,
+                usual=OURS_IN_A_STEP[compiled].get(backend, ()),
             )
             for backend in BACKENDS
             for compiled in (False, True)
         ),
         *(
             Contestant(
-                f"ours fused compiled, {part} recomputed",
+                f"ours fused compiled {part}-recomputed",
                 partial(models.ours, backend="fused", compiled=True, checkpointing=part),
                 ours=True,
                 devices=("cuda",),
+                usual=(),
             )
             for part in get_args(Checkpointing)
             if part != "none"
@@ -189,7 +207,7 @@ def decode_contestants() -> list[Contestant]:
         *(Contestant(f"ours {backend}", partial(models.ours, backend=backend), ours=True) for backend in BACKENDS),
         *(
             Contestant(
-                f"mixtral {experts}{', eager attention' * (attention == 'eager')}",
+                f"mixtral {experts}{' attn-eager' * (attention == 'eager')}",
                 partial(models.mixtral, experts=experts, attention=attention, decoding=True),
                 TRANSFORMERS,
             )
@@ -219,7 +237,7 @@ class Entry:
 
 
 def entries(bench: Bench, device: str, settings: Sequence[Settings]) -> list[Entry]:
-    """Everyone on ``device``: ours with the settings of train.py, peers with each of ``settings``.
+    """Everyone on ``device``, usual or not: ours with the settings of train.py, peers with each of ``settings``.
 
     Process-wide settings change nothing on CUDA, so there everyone has those of its users.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe.bench.agreement import TOLERANCE, Agreement, relative_error
 from moe.bench.layers import DenseBound, Layer, Weights, draw_weights
 from moe.bench.loads import Skew, assign
-from moe.bench.measure import kept_bytes, peak_bytes, release, timings
+from moe.bench.measure import kept_bytes, park, peak_bytes, release, timings, unpark
 from moe.bench.shapes import LAYERS, LayerShape, Work
 from moe.errors import UserError
 from moe.model.experts.reference import reference_experts
@@ -65,7 +65,7 @@ class Input:
 
 
 class LayerTask:
-    """One contestant in one cell. Between its turns it holds nothing, so that the device is another's alone."""
+    """One contestant in one cell. Between its turns it holds no memory to speak of: the device is another's alone."""
 
     def __init__(
         self, build: Build, cell: LayerCell, device: torch.device, folder: Path, *, low_precision: bool
@@ -74,19 +74,18 @@ class LayerTask:
         del folder
         self.build, self.cell, self.device, self.low_precision = build, cell, device, low_precision
         self.dtype = torch.bfloat16 if cell.precision == "bf16" else torch.float32
+        self.layer: Layer | None = None
 
     def warm(self) -> dict[str, Any]:
         """Run once, so that kernels get compiled."""
-        layer = self.build(self.cell.layer, self._weights())
-        self._both(layer, self._input(0))
-        del layer
+        self._both(self.build(self.cell.layer, self._weights()), self._input(0))
         release(self.device)
         return {}
 
     def prepare(self) -> dict[str, Any]:
         """Check output and gradients against the float32 loop, and measure memory. Raises UserError if one is off."""
         weights = self._weights()
-        layer = self.build(self.cell.layer, weights)
+        self.layer = layer = self.build(self.cell.layer, weights)
         given = self._input(0)
         began = timings(lambda _: self._both(layer, given), self.device, 1, 0.0)
         agreement = self._agreement(layer, weights, given)
@@ -102,7 +101,8 @@ class LayerTask:
         kept = kept_bytes(forward, layer.parameters, self.device)
         release(self.device)
         peak = peak_bytes(lambda: self._both(layer, given), self.device)
-        del layer, given, forward
+        del given, forward
+        park(layer.parameters)
         release(self.device)
         return {
             "error": agreement.worst,
@@ -115,7 +115,12 @@ class LayerTask:
     def turn(self, number: int) -> dict[str, list[float]]:
         """Seconds of each forward pass, and of each forward and backward pass."""
         del number
-        layer = self.build(self.cell.layer, self._weights())
+        assert self.layer is not None
+        layer = self.layer
+        unpark(layer.parameters)
+        with torch.no_grad():
+            for parameter in layer.parameters:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
         inputs = [self._input(index) for index in range(INPUTS)]
         release(self.device)
 
@@ -126,7 +131,10 @@ class LayerTask:
         def both(call: int) -> None:
             self._both(layer, inputs[call % INPUTS])
 
-        return _both_phases(forward, both, self.device)
+        taken = _both_phases(forward, both, self.device)
+        park(layer.parameters)
+        release(self.device)
+        return taken
 
     def _weights(self) -> Weights:
         return draw_weights(self.cell.layer, self.device, self.dtype)

@@ -196,8 +196,7 @@ def sonic_experts(shape: LayerShape, weights: Weights) -> Layer:
 
     Its w1 has the rows of gate and value in turn. Tuned configurations are kept for the next run in its own cache.
     """
-    os.environ.setdefault("QUACK_CACHE_AUTOTUNING", "1")
-    os.environ.setdefault("QUACK_COMPILE_WORKERS", str(min(16, os.cpu_count() or 1)))
+    _set_up_quack()
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import TC_topk_router_metadata_triton, _DownProjection, _UpProjection
 
@@ -235,13 +234,19 @@ def sonic_experts(shape: LayerShape, weights: Weights) -> Layer:
     return Layer(forward, [w1, w2], ours)
 
 
+def _set_up_quack() -> None:
+    """Before it is imported: keep what it tunes on disk, and compile on as many cores as there are."""
+    os.environ.setdefault("QUACK_CACHE_AUTOTUNING", "1")
+    os.environ.setdefault("QUACK_COMPILE_WORKERS", str(min(16, os.cpu_count() or 1)))
+
+
 @contextmanager
 def untuned_quack() -> Iterator[None]:
     """Let QuACK, whose products SonicMoE calls, compile all its configurations without timing any.
 
     What it then takes for the best is forgotten at the end, so that the next call tunes, on compiled kernels.
     """
-    os.environ.setdefault("QUACK_COMPILE_WORKERS", str(min(16, os.cpu_count() or 1)))
+    _set_up_quack()
     from quack.gemm_interface import gemm_dgated_tuned, gemm_gated_tuned, gemm_tuned
 
     tuners: list[Any] = [gemm_tuned, gemm_gated_tuned, gemm_dgated_tuned]

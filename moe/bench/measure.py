@@ -93,6 +93,18 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     return int(line.split()[1]) * 1024
 
 
+def park(tensors: Iterable[Tensor]) -> None:
+    """Give the memory of ``tensors`` back, each alone on its storage; they stay, with what was compiled for them."""
+    for tensor in tensors:
+        tensor.untyped_storage().resize_(0)
+
+
+def unpark(tensors: Iterable[Tensor]) -> None:
+    """Give parked tensors memory again; what is in it is to be written."""
+    for tensor in tensors:
+        tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size())
+
+
 def release(device: torch.device) -> None:
     """Give memory that is free back to the system or the device, for the process whose turn is next."""
     gc.collect()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.bench.agreement import UnfitError, sample
+from moe.bench.measure import unpark
 from moe.bench.shapes import ModelShape
 from moe.config import Checkpointing, ExpertBackend, OptimizerConfig
 from moe.model.transformer import Transformer
@@ -53,24 +54,17 @@ class ModelUnderTest:
         }
 
 
-def park(model: ModelUnderTest) -> None:
-    """Give the memory of the weights back; the model stays, and with it what was compiled for it."""
-    for parameter in model.module.parameters():
-        parameter.untyped_storage().resize_(0)
-
-
-def unpark(model: ModelUnderTest, shape: ModelShape) -> None:
-    """Give a parked model weights again, as they were at first or (those that are its own) others like them."""
+def refill(model: ModelUnderTest, shape: ModelShape) -> None:
+    """Write weights into a model that was parked: those it had at first, and for its own ones others like them."""
     own = dict(model.module.named_parameters())
-    with torch.no_grad():
-        for parts in model.names.values():
-            for part in parts:
-                parameter = own.pop(part)
-                parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
-        for parameter in own.values():
-            parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
-            nn.init.normal_(parameter, std=0.02)
+    unpark(own.values())
     adopt(model.module, model.names, shape)
+    for parts in model.names.values():
+        for part in parts:
+            del own[part]
+    with torch.no_grad():
+        for parameter in own.values():
+            parameter.normal_(std=0.02)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

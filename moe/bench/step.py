@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moe.bench.agreement import MODEL_TOLERANCE, Agreement, pooled_error
-from moe.bench.measure import kept_bytes, peak_bytes, release, timings
-from moe.bench.models import ModelUnderTest, park, reference_gradients, unpark
+from moe.bench.measure import kept_bytes, park, peak_bytes, release, timings
+from moe.bench.models import ModelUnderTest, reference_gradients, refill
 from moe.bench.shapes import MODELS, ModelShape, Work
 from moe.errors import UserError
 from moe.training.machine import autocast
@@ -20,8 +20,8 @@ from moe.training.machine import autocast
 Build = Callable[[ModelShape, torch.device, torch.dtype], ModelUnderTest]
 
 TRAINED_IN = {"cpu": "bf16 autocast over float32 weights", "cuda": "bf16 weights and optimizer states"}
-REPETITIONS = {"cpu": 3, "cuda": 4}
-SECONDS = 1.5
+REPETITIONS = {"cpu": 2, "cuda": 4}
+SECONDS = 1.0
 """of one turn on a CPU, at least"""
 
 
@@ -55,7 +55,7 @@ class StepTask:
     """One contestant in one cell: built, checked, and timed turn by turn.
 
     Between its turns it holds weights alone, so that many wait beside each other; on CUDA, where models are large, not
-    even these (:func:`~moe.bench.models.park`).
+    even these (:func:`~moe.bench.measure.park`).
     """
 
     def __init__(
@@ -133,14 +133,14 @@ class StepTask:
             self.model = self.build(self.cell.model, self.device, self.dtype)
             self.model.module.train()
         elif self.device.type == "cuda":
-            unpark(self.model, self.cell.model)
+            refill(self.model, self.cell.model)
         return self.model
 
     def _rest(self) -> None:
         assert self.model is not None
         self.model.module.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
-            park(self.model)
+            park(self.model.module.parameters())
         release(self.device)
 
     def _precision(self) -> Any:
