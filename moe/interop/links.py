@@ -1,0 +1,123 @@
+"""Where each tensor of theirs lies among ours: by name and by declared piece, never guessed from a shape.
+
+A table is a list of :class:`Link`. ``{layer}`` in a name counts the blocks, ``{expert}`` in one of theirs the experts,
+which are one stack here. A link whose tensor of ours the model does not have (a bias, a norm, the MLP of a dense layer
+where there is a mixture) is left out, so one table serves every variant of a family.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe.config import ModelConfig
+from moe.model.transformer import Transformer
+
+Part = Callable[[Tensor, ModelConfig], Tensor]
+"""the piece of a tensor of ours that theirs is: a view, where models are read as well as written"""
+Shape = tuple[int, ...]
+
+
+def whole(tensor: Tensor, config: ModelConfig) -> Tensor:
+    """All of it."""
+    return tensor
+
+
+def gate_rows(tensor: Tensor, config: ModelConfig) -> Tensor:
+    """Of W_in of a SwiGLU, [2F, D] or [E, 2F, D], what is multiplied and then activated: the first F rows."""
+    return tensor.chunk(2, dim=-2)[0]
+
+
+def value_rows(tensor: Tensor, config: ModelConfig) -> Tensor:
+    """Of W_in of a SwiGLU, what the activated gate multiplies: the last F rows."""
+    return tensor.chunk(2, dim=-2)[1]
+
+
+def gate_bias(tensor: Tensor, config: ModelConfig) -> Tensor:
+    """The bias of :func:`gate_rows`."""
+    return tensor.chunk(2, dim=-1)[0]
+
+
+def value_bias(tensor: Tensor, config: ModelConfig) -> Tensor:
+    """The bias of :func:`value_rows`."""
+    return tensor.chunk(2, dim=-1)[1]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One tensor of theirs, and the piece of a tensor of ours that it is."""
+
+    theirs: str | None
+    """its name; None: they have no place for this tensor of ours, which must be all zeros"""
+    ours: str
+    """name of our tensor; an expert of it, where ``theirs`` counts them"""
+    part: Part = whole
+    """which piece of that tensor, or of that expert"""
+    zeros: Callable[[ModelConfig], Shape] | None = None
+    """where our model has no such tensor, theirs is made of zeros, of this shape, in every mixture layer"""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A :class:`Link` of one layer and one expert."""
+
+    theirs: str | None
+    ours: str | None
+    """None: theirs is zeros"""
+    view: Callable[[Tensor], Tensor]
+    """from our tensor to the piece"""
+    shape: Shape
+    """of theirs"""
+
+
+def pieces(links: Sequence[Link], config: ModelConfig) -> list[Piece]:
+    """Every tensor of theirs, of a model with ``config``, and what it is of ours, in the order of the layers."""
+    ours = shapes(config)
+    found: list[Piece] = []
+    for layer in range(config.n_layers):
+        for link in links:
+            if layer == 0 or "{layer}" in link.ours:
+                found += _of_layer(link, layer, config, ours)
+    return found
+
+
+def _of_layer(link: Link, layer: int, config: ModelConfig, ours: Mapping[str, Tensor]) -> list[Piece]:
+    name = link.ours.format(layer=layer)
+    if name not in ours:
+        if link.zeros is None or link.theirs is None or ("{layer}" in link.ours and layer not in config.moe_layers):
+            return []
+        return [Piece(link.theirs.format(layer=layer), None, lambda tensor: tensor, link.zeros(config))]
+    if link.theirs is None:
+        return [Piece(None, name, lambda tensor: tensor, tuple(ours[name].shape))]
+    counts_experts = "{expert}" in link.theirs
+    experts: Sequence[int | None] = range(config.experts.n_experts) if counts_experts else [None]
+    found = []
+    for expert in experts:
+
+        def view(tensor: Tensor, expert: int | None = expert) -> Tensor:
+            return link.part(tensor if expert is None else tensor[expert], config)
+
+        theirs = link.theirs.format(layer=layer, expert=expert)
+        found.append(Piece(theirs, name, view, tuple(view(ours[name]).shape)))
+    return found
+
+
+def shapes(config: ModelConfig) -> dict[str, Tensor]:
+    """Every parameter and buffer of a model by its name in a checkpoint, without memory; a tied one once."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    first_names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first_names.setdefault(id(tensor), name)
+    return {name: tensor for name, tensor in model.state_dict().items() if name in first_names.values()}
+
+
+def homeless(links: Sequence[Link], config: ModelConfig) -> list[str]:
+    """Our tensors that the links do not account for, or only in part."""
+    left = {name: tensor.numel() for name, tensor in shapes(config).items()}
+    for piece in pieces(links, config):
+        if piece.ours is not None:
+            left[piece.ours] -= math.prod(piece.shape)
+    return [name for name, elements in left.items() if elements]

@@ -1,0 +1,103 @@
+"""Which of a model's settings decide what it computes, and so what a family of another library must be able to say.
+
+Nobody lists what a family cannot represent: the settings are translated there and back, and what comes back different
+is named. A setting that the model gains later is refused everywhere until a table carries it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from moe.config import ConfigError, ModelConfig, shown
+from moe.interop.family import Family
+
+ONLY_IN_TRAINING = (
+    "max_seq",  # a bound on what is accepted; it changes no number
+    "dropout",
+    "init_std",
+    "balance",
+    "experts.backend",
+    "router.preset",
+    "router.jitter",
+    "router.noise",
+    "router.second_choice",
+    "router.bias_rate",
+    "router.gradient",
+    # Whether there is one shows in the tensors, and one of zeros is none.
+    "router.selection_bias",
+)
+"""settings, or whole sections, without effect on a model in evaluation"""
+
+TENSORS_ONLY_IN_TRAINING = ("router.noise_weight",)
+"""ends of names of tensors that a model in evaluation does not read"""
+
+
+def decisive(config: ModelConfig) -> dict[str, Any]:
+    """The settings by which ``config`` decides what a model computes in evaluation, by dotted key, defaults resolved.
+
+    Two configurations of which this is equal compute the same from the same weights.
+    """
+    found = _dotted(asdict(config))
+    if not config.router.capacity.in_evaluation:
+        found = {key: value for key, value in found.items() if not key.startswith("router.capacity.")}
+    found = {key: value for key, value in found.items() if not _begins(key, ONLY_IN_TRAINING)}
+    found["attention.n_kv_heads"] = config.attention.kv_heads
+    dense = [layer for layer in range(config.n_layers) if layer not in config.moe_layers]
+    del found["experts.first_dense"], found["dense_twin"]
+    found["experts.every"] = f"mixtures in layers {_spans(config.moe_layers)}"
+    found["feed_forward.d_ff"] = tuple(sorted({config.dense_width(layer) for layer in dense}))
+    del found["shared.n_experts"]
+    found["shared.d_ff"] = config.shared_width
+    if not config.moe_layers:
+        found = {
+            key: value
+            for key, value in found.items()
+            if key == "experts.every" or not _begins(key, ("experts", "shared", "special", "router"))
+        }
+    return found
+
+
+def obstacles(config: ModelConfig, family: Family) -> list[str]:
+    """Why ``family`` cannot represent a model of ``config``: one line a setting or tensor; empty where it can."""
+    try:
+        ours, theirs = decisive(config), decisive(family.model_config(family.settings_of(config)))
+    except ConfigError as error:
+        return [f"model.{error.key} {error.reason}" if error.key else error.reason]
+    return differences(ours, theirs, family.name) or family.homeless(config, TENSORS_ONLY_IN_TRAINING)
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> list[str]:
+    """Which of the decisive settings of ours differ from ``theirs``, those of the model that ``name`` can have."""
+    return [
+        f"model.{key} is {_plain(value)}, and {name} has {_plain(theirs[key]) if key in theirs else 'no such thing'}"
+        for key, value in ours.items()
+        if key not in theirs or theirs[key] != value
+    ]
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def _begins(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return " and ".join(map(str, value)) or "none"
+    return shown(value)
+
+
+def _spans(layers: list[int]) -> str:
+    """0 to 3, 5."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and spans[-1][-1] == layer - 1:
+            spans[-1] = [spans[-1][0], layer]
+        else:
+            spans.append([layer])
+    return ", ".join(" to ".join(map(str, dict.fromkeys(span))) for span in spans) or "none"

@@ -1,0 +1,386 @@
+"""How one of their settings, or a few that belong together, says what settings of ours say: read and written.
+
+A family's table of settings is a list of rows. A row reads what it knows of a ``config.json`` (or of the metadata of a
+GGUF file) into our dotted keys below ``model.``, and writes the same of a configuration of ours. What it reads and our
+model cannot be is refused by name, with ConfigError. What it writes need not be true: :mod:`.representation` reads it
+back and compares.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Protocol
+
+from moe.config import ModelConfig, require, shown
+
+Theirs = Mapping[str, Any]
+Ours = Mapping[str, Any]
+REQUIRED = object()
+"""in place of a default: there is none"""
+
+
+class Row(Protocol):
+    """Settings of theirs that say what settings of ours say."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Their settings that the row looks at."""
+
+    def read(self, theirs: Theirs) -> Ours:
+        """What they say, by our dotted keys; raises ConfigError, with their key, for what our model cannot be."""
+
+    def write(self, config: ModelConfig) -> Theirs:
+        """What they say of a model of ours."""
+
+
+def take(theirs: Theirs, key: str, default: Any = REQUIRED, *also: str) -> Any:
+    """The value of ``key``, under that name or one of ``also``; ``default`` where it is absent or null.
+
+    Raises ConfigError where it is absent without a default, or where two names have two values.
+    """
+    found = {name: theirs[name] for name in (key, *also) if theirs.get(name) is not None}
+    if not found:
+        require(default is not REQUIRED, key, "is not given")
+        return default
+    (name, value), *others = found.items()
+    for other, contradiction in others:
+        require(contradiction == value, other, f"is {shown(contradiction)}, but {name} is {shown(value)}")
+    return value
+
+
+def typed(key: str, value: Any, kind: type) -> Any:
+    """``value``, an int as a float where one is wanted; raises ConfigError for another type, or no finite number."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    words = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    require(right and (kind is not float or math.isfinite(value)), key, f"is {value!r}, and must be {words}")
+    return value
+
+
+@dataclass(frozen=True)
+class Key:
+    """A setting of theirs that is one of ours under another name."""
+
+    theirs: str
+    ours: str
+    kind: type = int
+    default: Any = REQUIRED
+    """what the absence of theirs means"""
+    also: tuple[str, ...] = ()
+    """other names that theirs goes by: one is enough to read, all are written"""
+    resolved: str | None = None
+    """where ours is found with its default resolved, if ours may be null"""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.theirs, *self.also)
+
+    def read(self, theirs: Theirs) -> Ours:
+        value = take(theirs, self.theirs, self.default, *self.also)
+        return {} if value is None else {self.ours: typed(self.theirs, value, self.kind)}
+
+    def write(self, config: ModelConfig) -> Theirs:
+        return dict.fromkeys(self.keys, attrgetter(self.resolved or self.ours)(config))
+
+
+@dataclass(frozen=True)
+class Only:
+    """A setting of theirs of which our model knows one value."""
+
+    theirs: str
+    value: Any
+    absent: Any = None
+    """what its absence means"""
+    reason: str = "which our model has not"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.theirs,)
+
+    def read(self, theirs: Theirs) -> Ours:
+        value = theirs.get(self.theirs, self.absent)
+        require(value == self.value, self.theirs, f"is {shown(value)}, {self.reason}")
+        return {}
+
+    def write(self, config: ModelConfig) -> Theirs:
+        return {self.theirs: self.value}
+
+
+@dataclass(frozen=True)
+class Always:
+    """A setting of ours that every model of the family has alike, so that theirs do not speak of it."""
+
+    ours: Mapping[str, Any]
+    keys: tuple[str, ...] = ()
+
+    def read(self, theirs: Theirs) -> Ours:
+        return self.ours
+
+    def write(self, config: ModelConfig) -> Theirs:
+        return {}
+
+
+@dataclass(frozen=True)
+class Either:
+    """A setting of theirs that is true for one value of ours, and false for another."""
+
+    theirs: str
+    ours: str
+    true: Any
+    false: Any
+    default: bool
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.theirs,)
+
+    def read(self, theirs: Theirs) -> Ours:
+        value = typed(self.theirs, take(theirs, self.theirs, self.default), bool)
+        return {self.ours: self.true if value else self.false}
+
+    def write(self, config: ModelConfig) -> Theirs:
+        return {self.theirs: attrgetter(self.ours)(config) == self.true}
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The base of the rotary frequencies: ``rope_theta`` up to transformers 4, ``rope_parameters`` from 5 on."""
+
+    default_theta: float
+    default_partial: float = 1.0
+    """share of a head that is rotated where nothing says so"""
+    keys: tuple[str, ...] = ("rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor")
+
+    def read(self, theirs: Theirs) -> Ours:
+        name = "rope_parameters" if theirs.get("rope_parameters") else "rope_scaling"
+        parameters = theirs.get(name) or {}
+        require(isinstance(parameters, Mapping), name, f"is {parameters!r}, and must be a section")
+        require(
+            not any(isinstance(value, Mapping) for value in parameters.values()),
+            name,
+            "differs between kinds of layers, and in our model all are alike",
+        )
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        require(kind == "default", f"{name}.rope_type", f"is {kind}, a scaling that our model has not")
+        partial = take(parameters, "partial_rotary_factor", take(theirs, "partial_rotary_factor", self.default_partial))
+        require(partial == 1, "partial_rotary_factor", f"is {partial}, and our model rotates whole heads")
+        theta = take(parameters, "rope_theta", take(theirs, "rope_theta", self.default_theta))
+        return {"attention.rope_theta": typed("rope_theta", theta, float)}
+
+    def write(self, config: ModelConfig) -> Theirs:
+        theta = config.attention.rope_theta
+        partial = {} if self.default_partial == 1 else {"partial_rotary_factor": 1.0}
+        return {
+            "rope_theta": theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta, **partial},
+            **partial,
+        }
+
+
+@dataclass(frozen=True)
+class HeadWidth:
+    """``head_dim``; where it is absent, ``default``, or by default the width of the model over its query heads."""
+
+    default: int | None = None
+    written: bool = True
+    """whether every version of the family reads it; else it must be what its absence means"""
+    keys: tuple[str, ...] = ("head_dim",)
+
+    def read(self, theirs: Theirs) -> Ours:
+        width = typed("hidden_size", take(theirs, "hidden_size"), int)
+        heads = typed("num_attention_heads", take(theirs, "num_attention_heads"), int)
+        given = theirs.get("head_dim")
+        if given is None and self.default is None:
+            require(
+                heads > 0 and width % heads == 0,
+                "num_attention_heads",
+                f"is {heads}, which does not divide hidden_size = {width}",
+            )
+        usual = self.default or width // heads
+        head_dim = typed("head_dim", usual if given is None else given, int)
+        require(
+            self.written or head_dim == usual,
+            "head_dim",
+            f"is {head_dim}, and must be hidden_size over num_attention_heads, {usual}, in this family",
+        )
+        return {"attention.head_dim": head_dim}
+
+    def write(self, config: ModelConfig) -> Theirs:
+        return {"head_dim": config.attention.head_dim} if self.written else {}
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A model without mixtures, which ours is as a dense twin: one expert's width is that of every layer."""
+
+    theirs: str = "intermediate_size"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.theirs,)
+
+    def read(self, theirs: Theirs) -> Ours:
+        return {
+            "dense_twin": True,
+            "experts.n_experts": 1,
+            "experts.d_ff": typed(self.theirs, take(theirs, self.theirs), int),
+            "router.top_k": 1,
+            "router.normalise": False,
+            "balance.load_balance": 0.0,
+        }
+
+    def write(self, config: ModelConfig) -> Theirs:
+        return {self.theirs: config.dense_width(0)}
+
+
+@dataclass(frozen=True)
+class SparseSteps:
+    """Which layers are mixtures, and how wide the others are, in Qwen's words: every n-th, without some by number."""
+
+    keys: tuple[str, ...] = ("decoder_sparse_step", "mlp_only_layers", "intermediate_size")
+
+    def read(self, theirs: Theirs) -> Ours:
+        layers = typed("num_hidden_layers", take(theirs, "num_hidden_layers"), int)
+        step = typed("decoder_sparse_step", take(theirs, "decoder_sparse_step", 1), int)
+        require(step > 0, "decoder_sparse_step", f"is {step}, and must be at least 1")
+        dense = take(theirs, "mlp_only_layers", [])
+        require(isinstance(dense, list), "mlp_only_layers", f"is {dense!r}, and must be a list of layers")
+        mixtures = [layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0]
+        require(
+            bool(mixtures),
+            "decoder_sparse_step" if not dense else "mlp_only_layers",
+            "leaves no layer a mixture; the family without mixtures is another one",
+        )
+        first = 0 if mixtures[0] == step - 1 else mixtures[0]
+        require(
+            mixtures == [layer for layer in range(first, layers) if (layer + 1) % step == 0],
+            "mlp_only_layers",
+            f"is {dense}, and our model has dense layers at the start, or between every n-th",
+        )
+        return {
+            "experts.every": step,
+            "experts.first_dense": first,
+            **_dense_width(theirs, layers - len(mixtures)),
+        }
+
+    def write(self, config: ModelConfig) -> Theirs:
+        return {
+            "decoder_sparse_step": config.experts.every,
+            "mlp_only_layers": list(range(config.experts.first_dense)),
+            "intermediate_size": _width_of_dense(config),
+        }
+
+
+@dataclass(frozen=True)
+class LeadingDense:
+    """The number of layers at the start that are no mixtures, and how wide they are."""
+
+    theirs: str = "first_k_dense_replace"
+    layers: str = "num_hidden_layers"
+    width: str = "intermediate_size"
+    default: int = 0
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.theirs, self.width)
+
+    def read(self, theirs: Theirs) -> Ours:
+        first = typed(self.theirs, take(theirs, self.theirs, self.default), int)
+        return {"experts.first_dense": first, **_dense_width(theirs, first, self.width)}
+
+    def write(self, config: ModelConfig) -> Theirs:
+        return {self.theirs: config.experts.first_dense, self.width: _width_of_dense(config)}
+
+
+def _dense_width(theirs: Theirs, dense_layers: int, key: str = "intermediate_size") -> Ours:
+    return {"feed_forward.d_ff": typed(key, take(theirs, key), int)} if dense_layers else {}
+
+
+def _width_of_dense(config: ModelConfig) -> int:
+    """The width of the first layer that is dense, or what one would have."""
+    dense = [layer for layer in range(config.n_layers) if layer not in config.moe_layers]
+    return config.dense_width(dense[0]) if dense else config.active_width
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of experts: one is none."""
+
+    groups: str = "n_group"
+    used: str = "topk_group"
+    group_score: str = "top_two"
+    keys: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", (self.groups, self.used))
+
+    def read(self, theirs: Theirs) -> Ours:
+        groups = typed(self.groups, take(theirs, self.groups, 1), int)
+        if groups == 1:
+            return {"router.selection": "top_k"}
+        return {
+            "router.selection": "group_limited",
+            "router.n_groups": groups,
+            "router.top_groups": typed(self.used, take(theirs, self.used), int),
+            "router.group_score": self.group_score,
+        }
+
+    def write(self, config: ModelConfig) -> Theirs:
+        router = config.router
+        return {self.groups: router.n_groups or 1, self.used: router.top_groups or 1}
+
+
+@dataclass(frozen=True)
+class SharedWidth:
+    """The width of all shared experts together; 0: there is none."""
+
+    theirs: str = "shared_expert_intermediate_size"
+    gated: bool = True
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.theirs,)
+
+    def read(self, theirs: Theirs) -> Ours:
+        width = typed(self.theirs, take(theirs, self.theirs), int)
+        return {"shared.n_experts": 1, "shared.d_ff": width, "shared.gated": self.gated} if width else {}
+
+    def write(self, config: ModelConfig) -> Theirs:
+        return {self.theirs: config.shared_width}
+
+
+@dataclass(frozen=True)
+class SharedCount:
+    """The number of shared experts, each as wide as a routed one; 0: there is none."""
+
+    theirs: str = "n_shared_experts"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.theirs,)
+
+    def read(self, theirs: Theirs) -> Ours:
+        return {"shared.n_experts": typed(self.theirs, take(theirs, self.theirs), int)}
+
+    def write(self, config: ModelConfig) -> Theirs:
+        return {self.theirs: config.shared_width // config.experts.d_ff}
+
+
+@dataclass(frozen=True)
+class FullAttention:
+    """What makes some layers see a window of the text instead of all of it: refused where it takes effect."""
+
+    keys: tuple[str, ...] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+
+    def read(self, theirs: Theirs) -> Ours:
+        require(
+            not theirs.get("use_sliding_window", False), "use_sliding_window", "is true, and our model has no windows"
+        )
+        kinds = sorted(set(theirs.get("layer_types") or ["full_attention"]) - {"full_attention"})
+        require(not kinds, "layer_types", f"has {', '.join(kinds)}, and our model has full attention alone")
+        return {}
+
+    def write(self, config: ModelConfig) -> Theirs:
+        return {"use_sliding_window": False}
