@@ -280,7 +280,8 @@ class Checkpoint:
     def load_model(self, model: nn.Module) -> None:
         """Fill every parameter and persistent buffer of ``model``, or raise UserError and change none.
 
-        The names, shapes and dtypes must be those of the checkpoint, whether or not either model is compiled.
+        The names, shapes and dtypes must be those of the checkpoint, whether or not either model is compiled; but that
+        a model in float32 takes weights that were kept in bfloat16, as they are.
         """
         path = self.folder / MODEL
         stored = load_file(path)
@@ -289,7 +290,8 @@ class Checkpoint:
         for name, tensor in tensors.items():
             if tensor.is_meta:
                 raise ValueError(f"{name} is on the meta device; give the model memory first (to_empty)")
-            _require_like(path, name, stored[name], tensor)
+            widened = stored[name].dtype == torch.bfloat16 and tensor.dtype == torch.float32
+            _require_like(path, name, stored[name].float() if widened else stored[name], tensor)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(stored[name])

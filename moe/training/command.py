@@ -83,7 +83,8 @@ def _start(config: Config, path: Path, recorder: Recorder | None) -> int:
         corpus = _in_turn(world, lambda: prepare(config.data, path.parent, console.say))
         config = config.with_vocab(corpus.tokenizer.size)
         # The first rank's answer is everyone's: two ranks that measure may not agree.
-        fastest = choose_precision(config.training.precision, device, config.model.d_model)
+        wanted = "bf16" if config.training.weight_dtype == "bf16" else config.training.precision
+        fastest = choose_precision(wanted, device, config.model.d_model)
         takes_bf16 = world.sum(torch.tensor(int(world.is_first and fastest == "bf16"), device=device))
         config = replace(
             config,

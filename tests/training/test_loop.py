@@ -19,10 +19,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+import moe.study
 from moe import config_file
 from moe.config import RouterConfig
 from moe.data.prepare import PreparedCorpus
 from moe.errors import UserError
+from moe.inference.generate import generate
 from moe.model.router import Router
 from moe.model.routing import Routing
 from moe.parallel.world import World, join_world, leave_world
@@ -35,6 +37,7 @@ from moe.training.evaluate import validate
 from moe.training.loop import Training
 from moe.training.metrics import read_metrics
 from moe.training.objective import StepCounts
+from moe.training.report import write_report
 from moe.training.run_folder import RunFolder
 from moe.training.step import update_selection_biases
 
@@ -445,6 +448,85 @@ def test_bf16_stays_close_to_fp32(begin: Begin) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=5e-3)
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
     assert half.validation.pooled.bits_per_byte == pytest.approx(full.validation.pooled.bits_per_byte, rel=5e-3)
+
+
+BF16: Overrides = {"training.precision": "bf16", "training.weight_dtype": "bf16"}
+MUON: Overrides = {"training.optimizer.name": "muon"}
+
+
+def test_weights_in_bf16_stay_close_to_fp32(begin: Begin) -> None:
+    """And what decides where a token goes, and the gains, stay in float32."""
+    full, half = begin("full"), begin("half", BF16)
+    full.run()
+    half.run()
+
+    losses = [[row["lm_loss"] for row in rows(training, "train")] for training in (full, half)]
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert half.validation.pooled.bits_per_byte == pytest.approx(full.validation.pooled.bits_per_byte, rel=1e-2)
+    in_float32 = {name for name, weight in half.model.named_parameters() if weight.dtype == torch.float32}
+    assert in_float32 == {
+        name for name, _ in half.model.named_parameters() if name.endswith("norm.weight") or ".router." in name
+    }
+    state = half.optimizer.state_dict()["state"]
+    assert {value.dtype for values in state.values() for value in values.values()} == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.parametrize("settings", [BF16, MUON, BF16 | MUON], ids=["bf16", "muon", "both"])
+def test_other_optimizers_are_resumed_to_the_bit(begin: Begin, settings: Overrides) -> None:
+    """Rounding by chance draws nothing that would have to be saved; a bad step on the way counts for nothing."""
+    settings = HARD | settings
+    straight = begin("straight", settings)
+    poison_gradient(straight, [3])
+    straight.run()
+    stopped = begin("stopped", settings)
+    poison_gradient(stopped, [3])
+    send_in_the_middle_of(stopped, 5, signal.SIGTERM)
+    assert not stopped.run()
+    resumed = begin("stopped", settings, resume=True)
+    assert resumed.run()
+
+    assert straight.progress.skipped == 1
+    assert rows(resumed) == rows(straight)
+    for name, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, straight.model.state_dict()[name]), name
+    assert all(torch.equal(t, optimizer_state(straight)[name]) for name, t in optimizer_state(resumed).items())
+
+
+def test_a_run_in_bf16_is_studied_and_continued_in_float32(begin: Begin) -> None:
+    """What the checkpoint holds is widened, which changes no number; text and records come of it as of any run."""
+    training = begin("half", BF16 | {"training.steps": 4})
+    training.run()
+
+    model = training.run_folder.load_model()
+
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for name, weight in training.model.named_parameters():
+        assert torch.equal(model.get_parameter(name), weight.float()), name
+    assert len(generate(model, [[1, 2, 3]], 4)[0]) == 4
+    assert len(generate(training.model, [[1, 2, 3], [4]], 4)[0]) == 4
+    study = moe.study.load(training.run_folder.path, say=lambda line: None)
+    assert study.final.n_tokens > 0
+
+
+def test_a_run_in_bf16_writes_records_and_its_report(begin: Begin) -> None:
+    training = begin("half", BF16 | {"training.steps": 4, "training.record_every": 2})
+    training.recorder = record_sample
+    training.run()
+
+    assert "bits/byte" in write_report(training)
+    assert sorted(path.name for path in training.run_folder.records_path.iterdir()) == [
+        f"step-{step:08d}" for step in (0, 2, 4)
+    ]
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_muon_lowers_the_loss(begin: Begin, clip: float | None) -> None:
+    training = begin(overrides=MUON | {"training.steps": 40, "training.optimizer.clip": clip})
+    training.run()
+
+    losses = [row["lm_loss"] for row in rows(training, "train")]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_the_loss_falls(begin: Begin) -> None:
