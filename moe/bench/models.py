@@ -431,5 +431,5 @@ def reference_gradients(
         logits: Tensor = model.head(hidden)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten()) / len(tokens)
         torch.autograd.backward(loss)
-        total += float(loss)
+        total += loss.item()
     return total, {name: sample(_gradient(parameter)) for name, parameter in model.named_parameters()}

@@ -105,7 +105,9 @@ def draw(bench: str, device: str, cells: Sequence[Cell]) -> "go.Figure":
         order = [row.name for row in reversed(rows)]
         figure.update_yaxes(categoryorder="array", categoryarray=order, automargin=True, row=panel, col=1)
         figure.update_xaxes(range=[0, 1.18 * fastest], gridcolor=GRID, rangemode="tozero", row=panel, col=1)
-    figure.update_xaxes(title_text="tokens a second; beside it the share of the dense bound", row=len(timed), col=1)
+    shares = any(row.share is not None for _, rows in timed for row in rows)
+    unit = "tokens a second" + "; beside it the share of the dense bound" * shares
+    figure.update_xaxes(title_text=unit, row=len(timed), col=1)
     figure.update_annotations(x=0, xanchor="left", font={"size": 13})
     figure.update_layout(**_layout(f"{TITLES[bench]}, on {device}", total))
     return figure

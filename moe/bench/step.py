@@ -78,7 +78,7 @@ class StepTask:
         with self._precision():
             loss = model.loss(tokens, targets)
         torch.autograd.backward(loss)
-        value = float(loss)
+        value = loss.item()
         first_seconds = time.monotonic() - start
         precision = "bf16" if self.low_precision else self.cell.precision
         errors = {}

@@ -1,0 +1,71 @@
+import pytest
+
+from moe.bench.picture import draw, save
+from moe.bench.table import Row
+from moe.errors import UserError
+from moe.study import plots
+
+pytest.importorskip("plotly")
+
+
+def row(name, tokens_per_second, **changed):
+    numbers = dict.fromkeys(
+        ["failure", "forward_ms", "ms", "tflops", "share", "kept_bytes", "peak_bytes", "first_seconds", "error"]
+    )
+    kinds = {"unfit": False, "drops": False, "low_precision": False, "bound": False, "ours": False}
+    return Row(name=name, tokens_per_second=tokens_per_second, spread=0.1, note="", **(numbers | kinds | changed))
+
+
+ROWS = [
+    row("dense", 400.0, bound=True, share=1.0),
+    row("ours fused", 300.0, ours=True, share=0.75),
+    row("a peer", 200.0, share=0.5),
+    row("a dropper", 100.0, drops=True, share=0.25),
+    row("broken", None, failure="its output is off"),
+]
+
+
+def test_every_time_is_a_bar_and_a_failure_is_none():
+    figure = draw("layer", "a GPU", [("one", ROWS)])
+    bars = {
+        name: (speed, text)
+        for trace in figure.data
+        for name, speed, text in zip(trace.y, trace.x, trace.text, strict=True)
+    }
+    assert bars == {
+        "dense": (400.0, "400 (1.00)"),
+        "ours fused": (300.0, "300 (0.75)"),
+        "a peer": (200.0, "200 (0.50)"),
+        "a dropper": (100.0, "100 (0.25)"),
+    }
+    # Drawn from below, so that the fastest is on top.
+    assert list(figure.layout.yaxis.categoryarray)[-2:] == ["ours fused", "dense"]
+
+
+def test_the_bound_is_a_line_in_each_panel_and_the_legend_names_each_kind_once():
+    figure = draw("layer", "a GPU", [("one", ROWS), ("two", ROWS[:3])])
+    assert [line.x0 for line in figure.layout.shapes] == [400.0, 400.0]
+    shown = [trace.name for trace in figure.data if trace.showlegend]
+    assert sorted(shown) == ["dense", "others", "others, dropping assignments", "ours"]
+    assert [note.text for note in figure.layout.annotations[:2]] == ["one", "two"]
+
+
+def test_bars_of_half_the_speed_are_half_as_long():
+    figure = draw("decode", "a CPU", [("one", ROWS[1:3])])
+    assert figure.layout.xaxis.range[0] == 0
+    assert "share" not in figure.layout.xaxis.title.text, "decoding has no bound"
+    assert not figure.layout.shapes
+
+
+def test_nothing_timed_is_no_picture():
+    with pytest.raises(UserError, match="nothing was timed"):
+        draw("step", "a CPU", [("one", ROWS[-1:])])
+
+
+def test_a_picture_is_saved_twice(monkeypatch, tmp_path):
+    saved = {}
+    monkeypatch.setattr("moe.bench.picture.save_all", saved.update)
+    figure = draw("layer", "a GPU", [("one", ROWS)])
+    assert save(figure, tmp_path / "bench-layer") == [tmp_path / "bench-layer.png", tmp_path / "bench-layer.svg"]
+    assert set(saved) == {tmp_path / "bench-layer.png", tmp_path / "bench-layer.svg"}
+    assert all(path.suffix in plots.FORMATS for path in saved)

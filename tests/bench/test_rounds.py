@@ -1,0 +1,139 @@
+"""Processes here are one-line programs that answer as a contestant would, well or badly."""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import pytest
+
+from moe.bench import rounds
+from moe.bench.contestants import Contestant, Entry
+from moe.bench.rounds import Result, Worker, WorkerError, run_rounds
+
+ECHO = """
+import json, sys
+for line in sys.stdin:
+    print(json.dumps({"got": json.loads(line)["do"]}), flush=True)
+"""
+
+
+def program(code, tmp_path, patience=20.0):
+    return Worker([sys.executable, "-c", code], tmp_path / "log", patience)
+
+
+def test_a_process_is_asked_and_answers(tmp_path):
+    worker = program(ECHO, tmp_path)
+    assert worker.ask(do="one") == {"got": "one"}
+    worker.start(do="two")
+    assert worker.ask(do="three") == {"got": "three"}, "the answer to what was started is read first"
+    worker.stop()
+    assert worker.process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import sys; sys.exit('no such kernel')", "its process ended with status 1: no such kernel"),
+        ("import os; os.kill(os.getpid(), 9)", "its process was killed by SIGKILL"),
+        ('print(\'{"failed": "not here", "unfit": true}\', flush=True); input()', "not here"),
+        ("import time; time.sleep(60)", "no answer within 1 seconds"),
+    ],
+)
+def test_how_it_failed_is_said(code, reason, tmp_path):
+    worker = program(code, tmp_path, patience=1.0 if "sleep" in code else 20.0)
+    with pytest.raises(WorkerError) as failed:
+        worker.ask(do="prepare")
+    assert str(failed.value) == reason
+    assert failed.value.unfit == (reason == "not here")
+    worker.stop()
+
+
+@dataclass(frozen=True)
+class Cell:
+    name: str = "a cell"
+
+
+class Scripted:
+    """In place of a process: what a contestant answers, and the order in which all were asked."""
+
+    def __init__(self, log, script):
+        self.log, self.script, self.process = log, script, self
+
+    def poll(self):
+        return None
+
+    def ask(self, do, cell, round=None):
+        self.log.append((self.script["name"], do))
+        reply = self.script.get(do, {})
+        if isinstance(reply, Exception):
+            raise reply
+        return reply() if callable(reply) else reply
+
+    def stop(self):
+        self.log.append((self.script["name"], "stop"))
+
+
+def run(monkeypatch, tmp_path, scripts, n_rounds=3):
+    log, said = [], []
+
+    def start(command, path, patience):
+        return Scripted(log, next(script for script in scripts if f'"{script["name"]}"' in command[-1]))
+
+    monkeypatch.setattr(rounds, "Worker", start)
+    entries = [Entry(Contestant(script["name"], partial(int)), "users") for script in scripts]
+    [results] = run_rounds(
+        "layer",
+        entries,
+        [Cell()],
+        device="cpu",
+        rounds=n_rounds,
+        folder=tmp_path,
+        patience=1,
+        lock=tmp_path / "lock",
+        say=said.append,
+    )
+    return results, log, said
+
+
+def test_contestants_take_turns_and_each_round_another_begins(monkeypatch, tmp_path):
+    scripts = [{"name": name, "turn": {"seconds": [1.0]}} for name in "abc"]
+    results, log, _ = run(monkeypatch, tmp_path, scripts)
+    assert [who for who, what in log if what == "turn"] == [*"abc", *"bca", *"cab"]
+    assert [what for who, what in log if who == "a"] == ["prepare", "turn", "turn", "turn", "drop", "stop"]
+    assert [result.turns for result in results] == [{"all": [[1.0]] * 3}] * 3
+
+
+def test_who_fails_is_out_and_the_others_go_on(monkeypatch, tmp_path):
+    answers = iter([{"seconds": [1.0]}])
+
+    def one_turn():
+        return next(answers, None) or (_ for _ in ()).throw(WorkerError("out of memory"))
+
+    results, log, said = run(
+        monkeypatch,
+        tmp_path,
+        [
+            {"name": "good", "turn": {"seconds": {"forward": [1.0], "all": [3.0]}}},
+            {"name": "wrong", "prepare": WorkerError("its output is off")},
+            {"name": "elsewhere", "prepare": WorkerError("needs a GPU", unfit=True)},
+            {"name": "tired", "turn": one_turn},
+        ],
+    )
+    good, wrong, elsewhere, tired = results
+    assert good.failure is None and good.turns == {"forward": [[1.0]] * 3, "all": [[3.0]] * 3}
+    assert (wrong.failure, wrong.unfit) == ("its output is off", False)
+    assert (elsewhere.failure, elsewhere.unfit) == ("needs a GPU", True)
+    assert tired.failure == "out of memory"
+    assert [what for who, what in log if who in ("wrong", "tired")].count("turn") == 2
+    assert any("wrong: its output is off" in text for text in said)
+
+
+def test_the_median_is_of_all_repetitions_and_the_spread_of_the_turns():
+    # All eight: between 4 and 5. Turns: medians 2, 4.5, 9, a range of 7 over 4.5.
+    result = Result(Entry(Contestant("a", int), "users"), Cell(), {"all": [[1, 2, 3], [4, 5], [6, 9, 12]]})
+    assert result.seconds() == median([1, 2, 3, 4, 5, 6, 9, 12]) == 4.5
+    assert result.spread() == pytest.approx((9 - 2) / 4.5)
+    assert result.seconds("forward") is None
+    result.turns["all"] = [[1.0, 2.0]]
+    assert result.spread() is None, "one turn has no spread"
