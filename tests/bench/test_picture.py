@@ -50,10 +50,10 @@ def test_the_bound_is_a_line_in_each_panel_and_the_legend_names_each_kind_once()
     assert [note.text for note in figure.layout.annotations[:2]] == ["one", "two"]
 
 
-def test_bars_of_half_the_speed_are_half_as_long():
-    figure = draw("decode", "a CPU", [("one", ROWS[1:3])])
-    assert figure.layout.xaxis.range[0] == 0
-    assert "share" not in figure.layout.xaxis.title.text, "decoding has no bound"
+def test_without_a_bound_there_is_no_line_and_no_share():
+    figure = draw("decode", "a CPU", [("one", [row("ours segments", 9.0, ours=True), row("a peer", 3.0)])])
+    assert figure.layout.xaxis.range[0] == 0, "bars of half the speed are half as long"
+    assert figure.layout.xaxis.title.text == "tokens a second"
     assert not figure.layout.shapes
 
 
