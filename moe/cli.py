@@ -186,11 +186,27 @@ def bench_command(arguments: Sequence[str]) -> int:
     return bench(arguments)
 
 
+def import_command(arguments: Sequence[str]) -> int:
+    """``python -m moe import FOLDER`` (:mod:`moe.interop.command`)."""
+    from moe.interop.command import import_command as import_checkpoint
+
+    return import_checkpoint(arguments)
+
+
+def export_command(arguments: Sequence[str]) -> int:
+    """``python -m moe export RUN --to KIND PLACE`` (:mod:`moe.interop.command`)."""
+    from moe.interop.command import export_command as export
+
+    return export(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "generate": (generate_command, "continue a text with the model of a run"),
     "check-router": (check_router_command, "does a router see later tokens, or other sequences?"),
     "presets": (presets_command, "the published routers that a name stands for"),
     "study": (study_command, "where do tokens go, and why? a page, numbers and findings"),
+    "import": (import_command, "a checkpoint of transformers as a run folder, its MLPs made into experts if you like"),
+    "export": (export_command, "a run as a folder for transformers, or as a file for llama.cpp"),
     "bench": (bench_command, "how fast, beside other implementations? a table, numbers and a picture"),
 }
 

@@ -11,8 +11,8 @@ from moe.interop.family import Families, Family
 from moe.interop.links import Link, Shape, gate_bias, gate_rows, value_bias, value_rows
 from moe.interop.settings import (
     Always,
+    Choice,
     DenseModel,
-    Either,
     FullAttention,
     Groups,
     HeadWidth,
@@ -221,7 +221,7 @@ GLM4_MOE = Family(
         KEY_HEADS,
         HeadWidth(),
         ATTENTION_BIAS,
-        Either("use_qk_norm", "attention.qk_norm", true="head", false="none", default=False),
+        Choice("use_qk_norm", "attention.qk_norm", {True: "head", False: "none"}, default=False),
         Rotary(10_000.0, default_partial=0.5),
         LeadingDense(default=1),
         Key("n_routed_experts", "experts.n_experts", also=("num_local_experts",)),

@@ -19,6 +19,10 @@ Part = Callable[[Tensor, ModelConfig], Tensor]
 """the piece of a tensor of ours that theirs is: a view, where models are read as well as written"""
 Shape = tuple[int, ...]
 
+SELECTION_BIAS = "router.selection_bias"
+"""end of the name of a tensor that stays float32: bfloat16, which has no numbers between 0.5 and 0.504, would make it
+another one"""
+
 
 def whole(tensor: Tensor, config: ModelConfig) -> Tensor:
     """All of it."""
@@ -55,6 +59,8 @@ class Link:
     """name of our tensor; an expert of it, where ``theirs`` counts them"""
     part: Part = whole
     """which piece of that tensor, or of that expert"""
+    instead: str | None = None
+    """the tensor that is meant where our model does not have that one"""
     zeros: Callable[[ModelConfig], Shape] | None = None
     """where our model has no such tensor, theirs is made of zeros, of this shape, in every mixture layer"""
 
@@ -70,6 +76,8 @@ class Piece:
     """from our tensor to the piece"""
     shape: Shape
     """of theirs"""
+    stays_float32: bool
+    """whether it is float32 whatever the rest is"""
 
 
 def pieces(links: Sequence[Link], config: ModelConfig) -> list[Piece]:
@@ -84,13 +92,15 @@ def pieces(links: Sequence[Link], config: ModelConfig) -> list[Piece]:
 
 
 def _of_layer(link: Link, layer: int, config: ModelConfig, ours: Mapping[str, Tensor]) -> list[Piece]:
-    name = link.ours.format(layer=layer)
+    name, stays_float32 = link.ours.format(layer=layer), link.ours.endswith(SELECTION_BIAS)
+    if name not in ours and link.instead is not None:
+        name = link.instead.format(layer=layer)
     if name not in ours:
         if link.zeros is None or link.theirs is None or ("{layer}" in link.ours and layer not in config.moe_layers):
             return []
-        return [Piece(link.theirs.format(layer=layer), None, lambda tensor: tensor, link.zeros(config))]
+        return [Piece(link.theirs.format(layer=layer), None, lambda tensor: tensor, link.zeros(config), stays_float32)]
     if link.theirs is None:
-        return [Piece(None, name, lambda tensor: tensor, tuple(ours[name].shape))]
+        return [Piece(None, name, lambda tensor: tensor, tuple(ours[name].shape), stays_float32)]
     counts_experts = "{expert}" in link.theirs
     experts: Sequence[int | None] = range(config.experts.n_experts) if counts_experts else [None]
     found = []
@@ -100,7 +110,7 @@ def _of_layer(link: Link, layer: int, config: ModelConfig, ours: Mapping[str, Te
             return link.part(tensor if expert is None else tensor[expert], config)
 
         theirs = link.theirs.format(layer=layer, expert=expert)
-        found.append(Piece(theirs, name, view, tuple(view(ours[name]).shape)))
+        found.append(Piece(theirs, name, view, tuple(view(ours[name]).shape), stays_float32))
     return found
 
 
@@ -120,4 +130,4 @@ def homeless(links: Sequence[Link], config: ModelConfig) -> list[str]:
     for piece in pieces(links, config):
         if piece.ours is not None:
             left[piece.ours] -= math.prod(piece.shape)
-    return [name for name, elements in left.items() if elements]
+    return [name for name, elements in left.items() if elements > 0]

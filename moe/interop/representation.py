@@ -59,10 +59,11 @@ def decisive(config: ModelConfig) -> dict[str, Any]:
 
 def obstacles(config: ModelConfig, family: Family) -> list[str]:
     """Why ``family`` cannot represent a model of ``config``: one line a setting or tensor; empty where it can."""
+    ours = decisive(config)
     try:
-        ours, theirs = decisive(config), decisive(family.model_config(family.settings_of(config)))
+        theirs = decisive(family.model_config(family.settings_of(config)))
     except ConfigError as error:
-        return [f"model.{error.key} {error.reason}" if error.key else error.reason]
+        return [f"{error.key} {error.reason}, as {family.name} would read it"]
     return differences(ours, theirs, family.name) or family.homeless(config, TENSORS_ONLY_IN_TRAINING)
 
 

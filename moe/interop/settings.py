@@ -8,7 +8,7 @@ back and compares.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -123,25 +123,30 @@ class Always:
 
 
 @dataclass(frozen=True)
-class Either:
-    """A setting of theirs that is true for one value of ours, and false for another."""
+class Choice:
+    """A setting of theirs each of whose values is one of ours."""
 
     theirs: str
     ours: str
-    true: Any
-    false: Any
-    default: bool
+    values: Mapping[Any, Any]
+    """by theirs"""
+    default: Any = REQUIRED
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.theirs,)
 
     def read(self, theirs: Theirs) -> Ours:
-        value = typed(self.theirs, take(theirs, self.theirs, self.default), bool)
-        return {self.ours: self.true if value else self.false}
+        value = take(theirs, self.theirs, self.default)
+        known = ", ".join(map(shown, self.values))
+        require(value in self.values, self.theirs, f"is {shown(value)}, and our model has what is called {known}")
+        return {self.ours: self.values[value]}
 
     def write(self, config: ModelConfig) -> Theirs:
-        return {self.theirs: attrgetter(self.ours)(config) == self.true}
+        ours = attrgetter(self.ours)(config)
+        # Another value than those has no name there; the first that there is reads back as what it is.
+        named = [name for name, value in self.values.items() if value == ours]
+        return {self.theirs: (named or list(self.values))[0]}
 
 
 @dataclass(frozen=True)
@@ -181,34 +186,36 @@ class Rotary:
 
 @dataclass(frozen=True)
 class HeadWidth:
-    """``head_dim``; where it is absent, ``default``, or by default the width of the model over its query heads."""
+    """The width of a head; where it is absent, ``default``, or by default that of the model over its query heads."""
 
     default: int | None = None
     written: bool = True
     """whether every version of the family reads it; else it must be what its absence means"""
-    keys: tuple[str, ...] = ("head_dim",)
+    theirs: str = "head_dim"
+    width: str = "hidden_size"
+    heads: str = "num_attention_heads"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.theirs,)
 
     def read(self, theirs: Theirs) -> Ours:
-        width = typed("hidden_size", take(theirs, "hidden_size"), int)
-        heads = typed("num_attention_heads", take(theirs, "num_attention_heads"), int)
-        given = theirs.get("head_dim")
+        width, heads = (typed(key, take(theirs, key), int) for key in (self.width, self.heads))
+        given = theirs.get(self.theirs)
         if given is None and self.default is None:
-            require(
-                heads > 0 and width % heads == 0,
-                "num_attention_heads",
-                f"is {heads}, which does not divide hidden_size = {width}",
-            )
-        usual = self.default or width // heads
-        head_dim = typed("head_dim", usual if given is None else given, int)
+            divides = heads > 0 and width % heads == 0
+            require(divides, self.heads, f"is {heads}, which does not divide {self.width} = {width}")
+        usual = width // heads if self.default is None else self.default
+        head_dim = typed(self.theirs, usual if given is None else given, int)
         require(
             self.written or head_dim == usual,
-            "head_dim",
-            f"is {head_dim}, and must be hidden_size over num_attention_heads, {usual}, in this family",
+            self.theirs,
+            f"is {head_dim}, and must be {self.width} over {self.heads}, {usual}, in this family",
         )
         return {"attention.head_dim": head_dim}
 
     def write(self, config: ModelConfig) -> Theirs:
-        return {"head_dim": config.attention.head_dim} if self.written else {}
+        return {self.theirs: config.attention.head_dim} if self.written else {}
 
 
 @dataclass(frozen=True)
@@ -310,11 +317,10 @@ class Groups:
 
     groups: str = "n_group"
     used: str = "topk_group"
-    group_score: str = "top_two"
-    keys: tuple[str, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keys", (self.groups, self.used))
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.groups, self.used)
 
     def read(self, theirs: Theirs) -> Ours:
         groups = typed(self.groups, take(theirs, self.groups, 1), int)
@@ -324,7 +330,7 @@ class Groups:
             "router.selection": "group_limited",
             "router.n_groups": groups,
             "router.top_groups": typed(self.used, take(theirs, self.used), int),
-            "router.group_score": self.group_score,
+            "router.group_score": "top_two",
         }
 
     def write(self, config: ModelConfig) -> Theirs:
