@@ -148,8 +148,8 @@ class Router(nn.Module):
         if self.weight is None:
             return torch.zeros(x.shape[0], self.n_experts, dtype=dtype, device=x.device), None
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(dtype)
             if self.training and self.config.jitter:
+                x = x.to(dtype)
                 x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
             if self.inner_weight is None:
                 logits = linear_logits(x, self.weight)

@@ -1,5 +1,7 @@
 """From hidden states to logits, and from logits to scores."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -13,6 +15,9 @@ COLDEST = 0.01
 
 def linear_logits(x: Float[Tensor, "T n"], weight: Float[Tensor, "m n"]) -> Float[Tensor, "T m"]:
     """x Wᵀ in at least float32, outside autocast."""
+    if x.is_cuda and x.dtype == torch.bfloat16 and weight.dtype == torch.float32:
+        product: Tensor = ProductInSlices.apply(x, weight)  # type: ignore[no-untyped-call]
+        return product
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(dtype), weight.to(dtype))
@@ -54,3 +59,45 @@ def score_function(logits: Float[Tensor, "T E"], score: Score) -> Float[Tensor, 
         # The root has no finite slope at 0, which softplus becomes by underflow.
         return F.softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
     return torch.relu(logits)
+
+
+class ProductInSlices(torch.autograd.Function):
+    """x Wᵀ of bfloat16 x and float32 W, as exact as a float32 product, by the units that multiply bfloat16.
+
+    Those are many times faster on a GPU, and x need be neither widened nor kept twice. A float32 is the sum of three
+    bfloat16 (8 bits each), the products of two bfloat16 are exact in float32, and so are the sums.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "T n"], weight: Float[Tensor, "m n"]) -> Float[Tensor, "T m"]:
+        ctx.save_for_backward(x, weight)
+        slices = torch.cat(_slices(weight, 3))
+        return _product(x, slices.t()).view(len(x), 3, -1).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, "T m"]) -> tuple[Float[Tensor, "T n"], Float[Tensor, "m n"]]:
+        x, weight = ctx.saved_tensors
+        high, middle, low = _slices(grad, 3)
+        w_high, w_middle = _slices(weight, 2)
+        # The gradient of x is rounded to bfloat16: two slices each are more than it shows.
+        grad_x = torch.cat([high, high, middle], dim=1) @ torch.cat([w_high, w_middle, w_high])
+        grad_weight = _product(torch.cat([high, middle, low], dim=1).t(), x)
+        return grad_x, grad_weight.view(3, *weight.shape).sum(dim=0)
+
+
+def _slices(x: Float[Tensor, "a b"], n: int) -> list[Float[Tensor, "a b"]]:
+    """``n`` bfloat16 tensors, each 8 bits further down, that sum to ``x``: exactly for three and a float32.
+
+    The bits are cut off, not rounded by a cast: torch.compile takes a cast there and back for none.
+    """
+    slices = []
+    for _ in range(n):
+        top = (x.view(torch.int32) & -0x10000).view(torch.float32)
+        slices.append(top.to(torch.bfloat16))
+        x = x - top
+    return slices
+
+
+def _product(a: Float[Tensor, "a b"], b: Float[Tensor, "b c"]) -> Float[Tensor, "a c"]:
+    """A product of bfloat16 matrices in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from moe.config import RouterConfig
 from moe.model.router import Router
-from moe.model.router.logits import cosine_logits, logit_norm, noise_std, score_function
+from moe.model.router.logits import (
+    ProductInSlices,
+    _slices,
+    cosine_logits,
+    linear_logits,
+    logit_norm,
+    noise_std,
+    score_function,
+)
 
 F64 = torch.float64
 
@@ -218,3 +226,61 @@ def test_gumbel_noise_draws_experts_by_their_probabilities_and_weighs_them_witho
     share = routing.first_choices().counts() / 40_000
     torch.testing.assert_close(share, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.01, rtol=0)
     torch.testing.assert_close(routing.scores[0], tensor([0.1, 0.2, 0.3, 0.4])[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ in slices
+
+
+def test_three_slices_are_a_float32() -> None:
+    """8 bits each: 1 + 2^-8 + 2^-16 + 2^-23 has its last bit in the third. (Subnormal remains apart.)"""
+    by_hand = torch.tensor([[1 + 2**-8 + 2**-16 + 2**-23]])
+    random = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 9, 40)
+
+    for x in (by_hand, random):
+        slices = _slices(x, 3)
+        assert {part.dtype for part in slices} == {torch.bfloat16}
+        assert torch.equal(sum(part.double() for part in slices), x.double())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_product_in_slices_is_a_float32_product_with_its_gradients(compiled: bool) -> None:
+    """Hidden states and their gradient in bfloat16; logits and the router's gradient as near to float64 as float32.
+    Compiled, too: a compiler that drops casts would leave slices without what they are for."""
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(64, 96).bfloat16(), torch.randn(8, 96) * 0.02, torch.randn(64, 8)
+    x.requires_grad_()
+    weight.requires_grad_()
+
+    multiply = torch.compile(ProductInSlices.apply) if compiled else ProductInSlices.apply
+    logits = multiply(x, weight)
+    actual = torch.autograd.grad(logits, (x, weight), grad)
+    exact = x.double() @ weight.double().t()
+    expected = torch.autograd.grad(exact, (x, weight), grad.double())
+
+    assert logits.dtype == actual[1].dtype == torch.float32
+    assert actual[0].dtype == torch.bfloat16
+    assert (logits - exact).norm() < 3e-7 * exact.norm()
+    assert (actual[1] - expected[1]).norm() < 3e-7 * expected[1].norm()
+    unrounded = grad.double() @ weight.double()
+    assert ((actual[0] - unrounded).abs() <= unrounded.abs() / 256 + 1e-5).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_bfloat16_states_are_routed_as_in_float32() -> None:
+    """Against float64, and against what truly rounded weights would do, which is wrong by a thousand times more."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(512, 2048, device="cuda").bfloat16(), torch.randn(16, 2048, device="cuda") * 0.02
+    x.requires_grad_()
+    weight.requires_grad_()
+    grad = torch.randn(512, 16, device="cuda")
+
+    logits = linear_logits(x, weight)
+    actual = torch.autograd.grad(logits, (x, weight), grad)
+    exact = x.double() @ weight.double().t()
+    expected = torch.autograd.grad(exact, (x, weight), grad.double())
+
+    error = float((logits - exact).norm() / exact.norm())
+    assert error < 1e-6 < 1e-3 * float((x @ weight.bfloat16().t() - exact).norm() / exact.norm())
+    assert (actual[0] - expected[0]).norm() < 3e-3 * expected[0].norm()
+    assert (actual[1] - expected[1]).norm() < 1e-6 * expected[1].norm()
