@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import AttentionConfig, ModelConfig
-from moe.model.attention import Attention, rotate, rotation_of, visible_keys
+from moe.model.attention import Attention, rotate, rotate_rows, rotation_of, visible_keys
 from moe.model.cache import KVCache
 
 THETA = 100.0
@@ -164,6 +164,23 @@ def test_a_rotation_in_bfloat16_is_rounded_once() -> None:
     rotation = rotation_of(torch.arange(5)[None], 6, THETA)
 
     assert torch.equal(rotate(x, rotation), rotate(x.float(), rotation).bfloat16())
+
+
+def test_rotating_rows_is_rotating_and_leaves_the_heads_of_a_token_together() -> None:
+    """The layout on a GPU: neither the result nor its gradient is to be copied for the projections."""
+    rows, rotation = draw(2, 5, 3 * 6), rotation_of(torch.arange(5)[None], 6, THETA)
+    grads = draw(2, 5, 3 * 6, seed=4).unflatten(2, (3, 6)).transpose(1, 2)
+
+    results = []
+    for turn in (rotate, rotate_rows):
+        leaf = rows.clone().requires_grad_()
+        turned = turn(leaf.unflatten(2, (3, 6)).transpose(1, 2), rotation)
+        (grad,) = torch.autograd.grad(turned, leaf, grads)
+        results.append((turned.detach(), grad))
+
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    assert results[1][0].transpose(1, 2).is_contiguous()
+    assert not results[0][0].transpose(1, 2).is_contiguous()
 
 
 def test_visible_keys_on_paper() -> None:
