@@ -182,27 +182,28 @@ def test_the_interpreter_is_never_timed() -> None:
     assert choose_tiles(PRODUCT, torch.device("cpu"), run) == Tiles(16, 32, 16, 4, 2)
 
 
-def test_a_gate_more_or_less_is_another_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a gate twice the columns of activations are written, and what fits with one need not fit."""
+def test_a_gate_more_or_less_is_another_product(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a gate twice the columns of activations are written, and what fits with one need not fit.
+
+    16 rows of W_in are a gate and a value for each of 8 hidden units, or one for each of 16.
+    """
     products = []
 
     def choose(product: Product, device: torch.device, run: Callable[[Tiles], None]) -> Tiles:
         products.append(product)
-        return choose_tiles(product, device, run)
+        return Tiles(64, 64, 32, 4, 2)
+
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, device=kernel_device, dtype=torch.bfloat16)
 
     monkeypatch.setattr(launch, "choose_tiles", choose)
-    uniform = torch.full((3, 1), 1.0)
-    routing = Routing(uniform.log(), uniform, torch.zeros(3, 1, dtype=torch.int64), uniform)
+    scores = ones(3, 1).float()
+    routing = Routing(scores.log(), scores, torch.zeros(3, 1, dtype=torch.int64, device=kernel_device), scores)
 
-    # 16 rows of W_in: a gate and a value for each of 8 hidden units, or one for each of 16.
-    fused_experts(
-        torch.ones(3, 8), routing, ExpertWeights(torch.ones(1, 16, 8), torch.ones(1, 8, 8), None, None, "swiglu")
-    )
-    fused_experts(
-        torch.ones(3, 8), routing, ExpertWeights(torch.ones(1, 16, 8), torch.ones(1, 8, 16), None, None, "gelu")
-    )
+    fused_experts(ones(3, 8), routing, ExpertWeights(ones(1, 16, 8), ones(1, 8, 8), None, None, "swiglu"))
+    fused_experts(ones(3, 8), routing, ExpertWeights(ones(1, 16, 8), ones(1, 8, 16), None, None, "gelu"))
 
-    assert products[0][1:] == products[2][1:] == (8, 16, 1, torch.float32)
+    assert products[0][1:] == products[2][1:] == (8, 16, 1, torch.bfloat16)
     assert (products[0].kind, products[2].kind) == ("hidden", "hidden, no gate")
 
 
