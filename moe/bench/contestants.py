@@ -18,10 +18,11 @@ Settings = Literal["users", "ours"]
 
 @dataclass(frozen=True)
 class Package:
-    """An optional package: what is imported, and what pip installs."""
+    """An optional package: what is imported, what its distribution is called, and how to get it."""
 
     module: str
     distribution: str
+    install: str = "pip install 'moe-lab[bench]'"
 
     @property
     def installed(self) -> bool:
@@ -38,8 +39,15 @@ class Package:
 
 
 TRANSFORMERS = Package("transformers", "transformers")
-TORCHTITAN = Package("torchtitan", "torchtitan")
-SONIC = Package("sonicmoe", "sonic-moe")
+TORCHTITAN = Package(
+    "torchtitan", "torchtitan", "pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3; pip install tyro"
+)
+SONIC = Package(
+    "sonicmoe",
+    "sonic-moe",
+    "on Python 3.12: pip install --no-deps sonic-moe==0.1.2 quack-kernels==0.3.11; "
+    "pip install nvidia-cutlass-dsl==4.4.2 apache-tvm-ffi torch-c-dlpack-ext",
+)
 LIGER = Package("liger_kernel", "liger-kernel")
 MOE_OPS = Package("moe_ops", "moe-ops")
 MIXTURE_OF_EXPERTS = Package("mixture_of_experts", "mixture-of-experts")

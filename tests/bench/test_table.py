@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from moe.bench.contestants import TORCHTITAN, Contestant, Entry
+from moe.bench.contestants import Contestant, Entry, Package
 from moe.bench.picture import read_cells
 from moe.bench.rounds import Result
 from moe.bench.shapes import Work
@@ -77,8 +77,9 @@ def test_the_table_says_who_drops_rounds_or_failed():
 
 
 def test_missing_packages_are_listed_with_how_to_get_them():
-    entries = [Entry(Contestant(name, int, TORCHTITAN), how) for name in ("a", "b") for how in ("users", "ours")]
-    assert missing_packages(entries) == "a, b: not installed (pip install torchtitan)"
+    package = Package("theirs", "their-package", "pip install their-package")
+    entries = [Entry(Contestant(name, int, package), how) for name in ("a", "b") for how in ("users", "ours")]
+    assert missing_packages(entries) == "a, b: not installed (pip install their-package)"
     assert missing_packages([]) == ""
 
 
