@@ -24,7 +24,7 @@ from moe.errors import UserError
 from moe.interop.families import FAMILIES, HARMLESS
 from moe.interop.family import Family
 from moe.interop.links import Piece, shapes
-from moe.interop.representation import decisive
+from moe.interop.representation import decisive, differences
 from moe.interop.shards import DTYPES, Shards
 from moe.interop.storage import Storage, give_memory
 from moe.interop.upcycle import Upcycling
@@ -194,10 +194,8 @@ def _configured(source: Source, overrides: Mapping[str, str], upcycling: Upcycli
         except ConfigError as error:
             raise UserError(f"--model.{error.key} {error.reason}") from None
         return config
-    wanted, given = decisive(config.model), decisive(dense)
-    for key, value in wanted.items():
-        if given.get(key) != value:
-            raise UserError(f"--model.{key} {value}: the weights are of a model with {given.get(key)}")
+    if others := differences(decisive(config.model), decisive(dense), "the checkpoint"):
+        raise UserError(f"{source.config_path}: it would be another model: {'; '.join(others)}")
     return config
 
 
@@ -250,6 +248,21 @@ def _require_same_tensors(shards: Shards, pieces: list[Piece], source: Source) -
             raise UserError(f"{entry.file}: {name} is {list(entry.shape)}, and by config.json should be {list(shape)}")
         if entry.dtype not in DTYPES:
             raise UserError(f"{entry.file}: {name} is stored as {entry.dtype}; only {', '.join(DTYPES)} are weights")
+    _require_that_a_copy_is_one(shards, pieces, source)
+
+
+def _require_that_a_copy_is_one(shards: Shards, pieces: list[Piece], source: Source) -> None:
+    """Raise UserError where the head is tied to the embedding, is stored all the same, and is another matrix."""
+    head = source.family.tied_copy
+    if not source.model.tie_embeddings or head not in shards.entries:
+        return
+    [embedding] = [piece.theirs for piece in pieces if piece.ours == "embedding.weight"]
+    assert head is not None
+    assert embedding is not None
+    if not torch.equal(shards.read(head), shards.read(embedding)):
+        raise UserError(
+            f"{source.folder}: {head} is not {embedding}, which {source.config_path.name} says by tie_word_embeddings"
+        )
 
 
 def _first(names: list[str]) -> str:

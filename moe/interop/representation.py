@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from moe.config import ConfigError, ModelConfig, shown
+from moe.config import CapacityConfig, ConfigError, ModelConfig, shown
 from moe.interop.family import Family
 
 ONLY_IN_TRAINING = (
@@ -32,6 +32,10 @@ TENSORS_ONLY_IN_TRAINING = ("router.noise_weight",)
 """ends of names of tensors that a model in evaluation does not read"""
 
 
+MIXTURES = "experts.every"
+"""under this key :func:`decisive` has the layers that are mixtures"""
+
+
 def decisive(config: ModelConfig) -> dict[str, Any]:
     """The settings by which ``config`` decides what a model computes in evaluation, by dotted key, defaults resolved.
 
@@ -39,12 +43,12 @@ def decisive(config: ModelConfig) -> dict[str, Any]:
     """
     found = _dotted(asdict(config))
     if not config.router.capacity.in_evaluation:
-        found = {key: value for key, value in found.items() if not key.startswith("router.capacity.")}
+        found |= _dotted(asdict(CapacityConfig()), "router.capacity.")
     found = {key: value for key, value in found.items() if not _begins(key, ONLY_IN_TRAINING)}
     found["attention.n_kv_heads"] = config.attention.kv_heads
     dense = [layer for layer in range(config.n_layers) if layer not in config.moe_layers]
     del found["experts.first_dense"], found["dense_twin"]
-    found["experts.every"] = f"mixtures in layers {_spans(config.moe_layers)}"
+    found[MIXTURES] = config.moe_layers
     found["feed_forward.d_ff"] = tuple(sorted({config.dense_width(layer) for layer in dense}))
     del found["shared.n_experts"]
     found["shared.d_ff"] = config.shared_width
@@ -52,7 +56,7 @@ def decisive(config: ModelConfig) -> dict[str, Any]:
         found = {
             key: value
             for key, value in found.items()
-            if key == "experts.every" or not _begins(key, ("experts", "shared", "special", "router"))
+            if key == MIXTURES or not _begins(key, ("experts", "shared", "special", "router"))
         }
     return found
 
@@ -69,11 +73,17 @@ def obstacles(config: ModelConfig, family: Family) -> list[str]:
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> list[str]:
     """Which of the decisive settings of ours differ from ``theirs``, those of the model that ``name`` can have."""
-    return [
+    found = [
         f"model.{key} is {_plain(value)}, and {name} has {_plain(theirs[key]) if key in theirs else 'no such thing'}"
         for key, value in ours.items()
-        if key not in theirs or theirs[key] != value
+        if key != MIXTURES and (key not in theirs or theirs[key] != value)
     ]
+    if ours[MIXTURES] == theirs[MIXTURES]:
+        return found
+    where = f"the model has {_layers(ours[MIXTURES])}, and {name} {_layers(theirs[MIXTURES])}"
+    # Between a mixture and a dense model everything differs, and which layers are dense decides how wide they are.
+    both = ours[MIXTURES] and theirs[MIXTURES]
+    return [where, *(line for line in found if both and not line.startswith("model.feed_forward.d_ff "))]
 
 
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -93,12 +103,13 @@ def _plain(value: object) -> str:
     return shown(value)
 
 
-def _spans(layers: list[int]) -> str:
-    """0 to 3, 5."""
+def _layers(layers: list[int]) -> str:
+    """mixtures in layers 0 to 3, 5."""
     spans: list[list[int]] = []
     for layer in layers:
         if spans and spans[-1][-1] == layer - 1:
             spans[-1] = [spans[-1][0], layer]
         else:
             spans.append([layer])
-    return ", ".join(" to ".join(map(str, dict.fromkeys(span))) for span in spans) or "none"
+    named = ", ".join(" to ".join(map(str, dict.fromkeys(span))) for span in spans)
+    return f"mixtures in layers {named}" if named else "no mixtures"
