@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import torch
 
+from moe.errors import UserError
 from moe.model.transformer import Transformer
+from moe.training.gpu import triton_is_installed
 
 LOGGER = "torch._dynamo.convert_frame"
 """where torch tells that it gives up compiling anew"""
@@ -20,8 +22,9 @@ def compile_blocks(model: Transformer, say: Callable[[str], None]) -> None:
     """Have each block compiled when it is first called.
 
     torch compiles a function for at most ``torch._dynamo.config.recompile_limit`` (8) kinds of input; what is beyond
-    runs as it is written, and ``say`` gets a line with the reason.
+    runs as it is written, and ``say`` gets a line with the reason. Raises UserError where code cannot be generated.
     """
+    _require_compiler(model.embedding.weight.device)
     # A block's number, by which a hash tells layers apart, shall be an input and not a constant of the compiled code.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     logger = logging.getLogger(LOGGER)
@@ -30,6 +33,20 @@ def compile_blocks(model: Transformer, say: Callable[[str], None]) -> None:
     logger.addFilter(_Limit(say))
     for block in model.blocks:
         block.compile()
+
+
+def _require_compiler(device: torch.device) -> None:
+    """torch.compile writes Triton for a GPU, and C++ for a CPU."""
+    if device.type == "cuda":
+        if not triton_is_installed():
+            raise UserError("training.compile needs Triton on a GPU; pip install triton, or set it to false")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        raise UserError("training.compile needs a C++ compiler on a CPU; install g++, or set it to false") from None
 
 
 class _Limit(logging.Filter):

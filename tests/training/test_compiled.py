@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InvalidCxxCompiler
 
 from moe import presets
 from moe.config import Checkpointing, ModelConfig
+from moe.errors import UserError
 from moe.inference.generate import generate
 from moe.model.transformer import Transformer
 from moe.model.weight_dtype import keep_weights
@@ -144,3 +146,13 @@ def test_a_second_run_speaks_to_its_own_screen() -> None:
     train_once(model)
 
     assert (len(first), len(second)) == (0, 1)
+
+
+def test_without_a_compiler_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
+
+    with pytest.raises(UserError, match=r"^training.compile needs a C\+\+ compiler on a CPU; install g\+\+, or set"):
+        built(config_of("mixtral"))
