@@ -12,7 +12,7 @@ from moe.errors import UserError
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.05}
 """largest relative error of one layer's output and gradients; a product of bf16 numbers makes about 0.003, a sum of
 many in bf16 ten times as much, which is poor but no mistake"""
-MODEL_TOLERANCE = {"fp32": 2e-3, "bf16": 0.15}
+MODEL_TOLERANCE = {"fp32": 2e-3, "bf16": 0.3}
 """of a whole model's gradients, where a token whose two experts are nearly equal may go the other way"""
 SAMPLE = 1 << 16
 """numbers of one tensor that are kept to compare with"""

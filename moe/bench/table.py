@@ -133,8 +133,7 @@ def missing_packages(entries: Sequence[Entry]) -> str:
         if entry.contestant.package is not None:
             missing.setdefault(entry.contestant.package, []).append(entry.contestant.name)
     return "\n".join(
-        f"{', '.join(dict.fromkeys(names))}: not installed ({package.install})"
-        for package, names in missing.items()
+        f"{', '.join(dict.fromkeys(names))}: not installed ({package.install})" for package, names in missing.items()
     )
 
 
