@@ -1,6 +1,7 @@
-"""What only a CUDA device can show: ``python3 dev/gpu.py check`` and ``python3 dev/gpu.py step``.
+"""What only a CUDA device can show: ``python3 dev/gpu.py check``, ``parts`` and ``step``.
 
-``check`` runs the tests that need one (arguments after it go to pytest). ``step`` times whole training steps of the
+``check`` runs the tests that need one (arguments after it go to pytest). ``parts`` times what a step is made of beside
+the experts, each against what torch offers. ``step`` times whole training steps of the
 6.85B/1.21B mixture (16 layers, width 2048, 16 heads, 16 SwiGLU experts of 4096, two a token, vocabulary 32768) and of
 its dense twin, transformers' Llama of as many active parameters: weights and AdamW states bfloat16, fused AdamW, random
 tokens. Both are in memory at once and take turns, so that what the machine does meanwhile meets both. Then a table of
@@ -34,10 +35,14 @@ from moe.config import (  # noqa: E402
     OptimizerConfig,
     RouterConfig,
 )
+from moe.model.router.logits import linear_logits  # noqa: E402
 from moe.model.transformer import Transformer  # noqa: E402
 from moe.model.weight_dtype import keep_weights  # noqa: E402
 from moe.training import gpu  # noqa: E402
 from moe.training.compiled import compile_blocks  # noqa: E402
+from moe.training.head_loss import head_loss  # noqa: E402
+from moe.training.mixed_optimizer import MixedOptimizer  # noqa: E402
+from moe.training.muon import orthogonalise  # noqa: E402
 from moe.training.optimizer import build_optimizer  # noqa: E402
 from moe.training.step import MicroBatch, TrainingStep  # noqa: E402
 
@@ -58,7 +63,7 @@ def main() -> int:
         files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
         return subprocess.call([sys.executable, "-m", "pytest", "-m", "gpu", *files, *sys.argv[2:]], cwd=ROOT)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check", "step"])
+    parser.add_argument("command", choices=["check", "parts", "step"])
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--sequences", type=int, default=8, help="sequences a step")
@@ -79,7 +84,10 @@ def main() -> int:
     if run.device == "cuda" and not torch.cuda.is_available():
         print("dev/gpu.py: torch finds no CUDA device here; --device cpu --shape tiny shows that the script runs")
         return 2
-    time_steps(run)
+    if run.command == "parts":
+        time_parts(SHAPES[run.shape], run.sequences, torch.device(run.device))
+    else:
+        time_steps(run)
     return 0
 
 
@@ -145,6 +153,86 @@ def time_steps(run: argparse.Namespace) -> None:
         profile(models[label], batches, run.kernels, device)
     if run.out is not None:
         run.out.write_text(json.dumps(result, indent=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def time_parts(shape: dict[str, int], sequences: int, device: torch.device) -> None:
+    """Print the milliseconds of each part at the size that it has in one step or layer, the median of ten."""
+    width, vocabulary, experts = shape["width"], shape["vocabulary"], shape["experts"]
+    n_tokens = sequences * shape["length"]
+
+    def random(*size: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return (torch.randn(*size, device=device) * scale).to(dtype)
+
+    def show(name: str, work: Callable[[], Any], unit: str = "", amount: float = 0.0) -> None:
+        for _ in range(3):
+            work()
+        seconds = statistics.median(timed(lambda *_: work(), [()], 10, device))  # type: ignore[arg-type, list-item]
+        rate = f"{amount / seconds / 1e12:8.2f} {unit}" if unit else ""
+        print(f"{name:60} {seconds * 1e3:9.3f} ms {rate}", flush=True)
+
+    stacked = (experts, 2 * shape["d_ff"], width)
+    for label, of in (("ours, rounded by chance", MixedOptimizer), ("torch's fused", torch.optim.AdamW)):
+        parameter = nn.Parameter(random(*stacked, scale=0.02))
+        parameter.grad = random(*stacked)
+        group = {"params": [parameter], "lr": 1e-4, "weight_decay": 0.1}
+        optimizer = of([group]) if of is MixedOptimizer else of([group], fused=True)  # type: ignore[call-arg]
+        show(f"AdamW of W_in of a layer, {label}", optimizer.step, "TB/s", 14 * parameter.numel())
+        del parameter, optimizer
+    matrices = random(2 * experts, shape["d_ff"], width)
+    flops = 5 * (4 * width**2 * shape["d_ff"] + 2 * width**3) * len(matrices)
+    show("Muon's iteration of W_in of a layer", lambda: orthogonalise(matrices), "TFLOP/s", flops)
+
+    hidden, weight = random(sequences, shape["length"], width).requires_grad_(), random(vocabulary, width, scale=0.02)
+    weight.requires_grad_()
+    targets = torch.randint(vocabulary, (sequences, shape["length"]), device=device)
+    flops = 6 * n_tokens * width * vocabulary
+    both = (hidden, weight)
+    show(
+        "head and loss, f+b, ours",
+        lambda: torch.autograd.grad(head_loss(hidden, weight, targets), both),
+        "TFLOP/s",
+        flops,
+    )
+
+    def by_logits() -> None:
+        logits = (hidden @ weight.t()).flatten(0, 1)
+        torch.autograd.grad(torch.nn.functional.cross_entropy(logits, targets.flatten()), both)
+
+    show("head and loss, f+b, ours", by_blocks, "TFLOP/s", flops)
+    show("head and loss, f+b, all logits at once", by_logits, "TFLOP/s", flops)
+    del hidden, weight, both
+
+    states, router = random(n_tokens, width).requires_grad_(), random(experts, width, scale=0.02, dtype=torch.float32)
+    router.requires_grad_()
+    grad = random(n_tokens, experts, dtype=torch.float32)
+
+    def route(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Any]:
+        compiled = torch.compile(product) if device.type == "cuda" else product
+        return lambda: torch.autograd.grad(compiled(states, router), (states, router), grad)
+
+    show("router's product, f+b, compiled, in slices", route(linear_logits))
+    show("router's product, f+b, compiled, in float32", route(lambda x, w: torch.nn.functional.linear(x.float(), w)))
+
+    heads, length = shape["heads"], shape["length"]
+    for order in ("cudnn", "flash"):
+        queries, keys, values = (random(sequences, length, heads, width // heads).transpose(1, 2) for _ in range(3))
+        for part in (queries, keys, values):
+            part.requires_grad_()
+        above = torch.randn_like(queries)
+        backends = [gpu.SDPBackend.FLASH_ATTENTION, gpu.SDPBackend.MATH]
+        backends = ([gpu.SDPBackend.CUDNN_ATTENTION] if order == "cudnn" else []) + backends
+
+        def attend(
+            backends: list[Any] = backends, inputs: Any = (queries, keys, values), above: Tensor = above
+        ) -> None:
+            with gpu.sdpa_kernel(backends, set_priority=True):
+                answer = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+                torch.autograd.grad(answer, inputs, above)
+
+        show(f"attention of a layer, f+b, {order} first", attend, "TFLOP/s", 7 * length * n_tokens * width)
 
 
 # --------------------------------------------------------------------------------------------------------------- models
