@@ -115,9 +115,8 @@ def _add_product(total: Float[Tensor, "V D"], a: Float[Tensor, "V T"], b: Float[
     """``total`` + a b, summed in the dtype of ``total``, which is that of a and b or float32."""
     if a.dtype == total.dtype:
         return total.addmm_(a, b)
-    if a.is_cuda:
-        return torch.addmm(total, a, b, out_dtype=total.dtype)  # a CPU has no such product
-    return total.add_(a @ b)
+    # A CPU has no product of bfloat16 with a result in float32.
+    return total.add_(torch.mm(a, b, out_dtype=total.dtype) if a.is_cuda else a @ b)
 
 
 def _blocks(rows: Float[Tensor, "T D"], weight: Float[Tensor, "V D"]) -> list[tuple[int, int]]:
