@@ -179,6 +179,13 @@ def _preset_listing(width: int = 100) -> str:
     return "\n\n".join(blocks)
 
 
+def evaluate_command(arguments: Sequence[str]) -> int:
+    """``python -m moe evaluate RUN [--harness TASKS]`` (:mod:`moe.evaluation.command`)."""
+    from moe.evaluation.command import evaluate_command as evaluate
+
+    return evaluate(arguments)
+
+
 def bench_command(arguments: Sequence[str]) -> int:
     """``python -m moe bench layer | step | decode`` (:mod:`moe.bench.command`)."""
     from moe.bench.command import bench_command as bench
@@ -207,6 +214,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "study": (study_command, "where do tokens go, and why? a page, numbers and findings"),
     "import": (import_command, "a checkpoint of transformers as a run folder, its MLPs made into experts if you like"),
     "export": (export_command, "a run as a folder for transformers, or as a file for llama.cpp"),
+    "evaluate": (evaluate_command, "how good is it? held-out text with intervals; a score card of tasks"),
     "bench": (bench_command, "how fast, beside other implementations? a table, numbers and a picture"),
 }
 
