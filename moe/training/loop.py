@@ -24,6 +24,7 @@ from moe.training.checkpoint import Checkpoint
 from moe.training.compiled import compile_blocks
 from moe.training.console import Console
 from moe.training.evaluate import Validation, validate
+from moe.training.gpu import triton_is_installed
 from moe.training.interrupt import StopSignal
 from moe.training.metrics import MetricsLog
 from moe.training.optimizer import build_optimizer
@@ -99,6 +100,10 @@ class Training:
         self.device, self.world, self.console = device, world, console
         self.precision = settings.precision
         self.micro_batch = require_divisible(settings, world.size)
+        if device.type == "cuda" and triton_is_installed():
+            from moe.model.experts.fused.tiles import remember_in
+
+            remember_in(run_folder.tiles_path, write=world.is_first)
         self.model = Transformer(config.model, settings.seed)
         keep_weights(self.model, settings.weight_dtype)
         self.model.to(device)

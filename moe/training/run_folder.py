@@ -47,6 +47,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def tiles_path(self) -> Path:
+        """How the fused experts cut their products on this device."""
+        return self.path / "tiles.json"
+
+    @property
     def records_path(self) -> Path:
         return self.path / "records"
 

@@ -317,7 +317,7 @@ def _halves(hidden, wide, columns, inside, F, GATED: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x, FAST: tl.constexpr):
-    """With FAST by the hardware's tanh, half the special functions; its error of 2^-11 is below bfloat16's."""
+    """With FAST by the hardware's tanh: one special function instead of two, an absolute error of 2^-12."""
     if FAST:
         half = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,7 @@ class Tiles:
 
 _chosen: dict[str, Tiles] = {}
 _file: Path | None = None
+_writes = True
 
 
 def choose_tiles(product: Product, device: torch.device, run: Callable[[Tiles], None]) -> Tiles:
@@ -78,12 +80,12 @@ def choose_tiles(product: Product, device: torch.device, run: Callable[[Tiles], 
     While a CUDA graph is recorded nothing can be timed: then the first candidate is taken, for this time.
     Raises RuntimeError where no candidate fits the device.
     """
-    key = product.key(device)
-    if key in _chosen:
-        return _chosen[key]
     tried = candidates(product, device)
-    if device.type != "cuda":
+    if device.type != "cuda" or len(tried) == 1:
         return tried[0]
+    key = product.key(device)
+    if _chosen.get(key) in tried:  # what a file of another version says may be none of them
+        return _chosen[key]
     if torch.cuda.is_current_stream_capturing():
         return tried[0]
     best, best_time = None, float("inf")
@@ -98,6 +100,7 @@ def choose_tiles(product: Product, device: torch.device, run: Callable[[Tiles], 
     return best
 
 
+@cache
 def candidates(product: Product, device: torch.device) -> list[Tiles]:
     """What to try, the most likely first."""
     if device.type != "cuda":
@@ -115,17 +118,20 @@ def candidates(product: Product, device: torch.device) -> list[Tiles]:
     return [*both, small]
 
 
-def remember_in(path: Path) -> None:
-    """Read the choices that ``path`` holds, and write new ones there. A file that is damaged is made anew."""
-    global _file
-    _file = path
+def remember_in(path: Path, *, write: bool = True) -> None:
+    """Read the choices that ``path`` holds, and, if ``write``, add new ones. A file that is damaged is made anew.
+
+    Of several ranks one writes.
+    """
+    global _file, _writes
+    _file, _writes = path, write
     with suppress(OSError, ValueError, TypeError, AttributeError):
         for key, fields in json.loads(path.read_text()).items():
             _chosen.setdefault(key, Tiles(**fields))
 
 
 def _write() -> None:
-    if _file is None:
+    if _file is None or not _writes:
         return
     text = json.dumps({key: asdict(tiles) for key, tiles in sorted(_chosen.items())}, indent=1)
     try:
