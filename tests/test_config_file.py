@@ -501,7 +501,7 @@ def test_help_shows_every_setting_with_its_default_within_100_columns() -> None:
     assert all(f"  --{key}=" in shown for key in settings())
     [row] = [line for line in lines if "--model.attention.n_heads=" in line]
     assert row.split() == ["--model.attention.n_heads=6", "query", "heads", "[whole", "number]"]
-    choices = "[auto, reference, grouped or segments]"
+    choices = "[auto, reference, grouped, segments or fused]"
     assert any(line.strip().endswith(choices) for line in lines)  # in one piece
     assert "[shazeer, gshard, switch, " in shown  # too long for one piece, and wrapped like any text
 
