@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 NORMAL = 1.959964
 """the 97.5 % point of the normal distribution"""
-ROW, TOP, BOTTOM, LEFT, RIGHT = 30, 120, 60, 190, 240
+ROW, TOP, BOTTOM, LEFT, RIGHT = 30, 120, 30, 190, 270
 """pixels: of a task's row, and around all rows"""
-NEUTRAL = "#a7a7a7"
+NEUTRAL, TRACK = "#a7a7a7", "rgba(128,128,128,0.12)"
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,20 @@ def card_picture(title: str, marks: Sequence[Mark]) -> "go.Figure":
     figure = go.Figure()
     figure.add_trace(
         go.Bar(
+            x=[1] * len(shares),
+            y=[m.task for m in shares],
+            orientation="h",
+            width=0.7,
+            marker_color=TRACK,
+            hoverinfo="skip",
+        )
+    )
+    figure.add_trace(
+        go.Bar(
             x=[mark.score for mark in shares],
             y=[mark.task for mark in shares],
             orientation="h",
-            width=0.62,
+            width=0.7,
             marker_color=[NEUTRAL if mark.verdict == "at chance" else OURS for mark in shares],
             error_x={
                 "type": "data",
@@ -140,7 +150,7 @@ def card_picture(title: str, marks: Sequence[Mark]) -> "go.Figure":
             x=[mark.chance for mark in with_chance],
             y=[mark.task for mark in with_chance],
             mode="markers",
-            marker={"symbol": "line-ns", "size": 22, "line": {"width": 3, "color": CHANCE}},
+            marker={"symbol": "line-ns", "size": 20, "line": {"width": 3, "color": CHANCE}},
             hovertemplate="%{y}, chance: %{x:.3f}<extra></extra>",
         )
     )
@@ -159,12 +169,12 @@ def card_picture(title: str, marks: Sequence[Mark]) -> "go.Figure":
     figure.update_xaxes(range=[0, 1], dtick=0.25, gridcolor=GRID, zeroline=False, tickformat=".2f", side="top")
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], range=[len(names) - 0.5, -0.5][::-1])
     subtitle = (
-        "bar: share of the items that were right; whisker: its 95 % interval; orange: chance, the score of answers "
-        "given without reading the question; grey: could be chance"
+        "bar: share of the items that were right, grey where that could be chance; whisker: 95 % interval over items; "
+        "orange: chance, the score of answers given without reading the question"
     )
     height = ROW * len(marks) + TOP + BOTTOM
     figure.update_layout(**layout(title, subtitle, height))
-    figure.update_layout(showlegend=False, margin={"l": LEFT, "r": RIGHT, "t": TOP + 20, "b": BOTTOM - 30})
+    figure.update_layout(showlegend=False, margin={"l": LEFT, "r": RIGHT, "t": TOP, "b": BOTTOM})
     return figure
 
 

@@ -2,6 +2,10 @@
 
 A piece of text, and four ways to go on, each of which is the true one for one of four pieces of the same domain. The
 files are written into the run, in the harness's own format, so that its export can be given the same items.
+
+What decides is how much likelier an answer is after the question than after nothing (the harness's acc_mutual_info):
+by likelihood alone a model takes whatever answer is common words. The toy run was right on 0.54 to 0.84 of the items of
+its six domains by the one, on 0.35 to 0.49 by the other.
 """
 
 import random
@@ -34,7 +38,7 @@ target_delimiter: ""
 metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
   - {{metric: acc_mutual_info, aggregation: mean, higher_is_better: true}}
-metadata: {{version: 1, chance: 0.25, score: acc}}
+metadata: {{version: 1, chance: 0.25, score: acc_mutual_info}}
 """
 
 
