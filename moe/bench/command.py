@@ -40,6 +40,8 @@ FLAGS = {
     "--list": "show the shapes and all contestants, the usual ones marked, and stop",
     "--help": "show this",
 }
+BELONGS: dict[str, tuple[Bench, ...]] = {"--skew": ("layer",), "--batch": ("step", "decode")}
+"""flags that act in some benches alone"""
 MEANING = """\
 Ours, every installed peer and the dense bound, side by side: each in a process of its own, checked against float32
 first and then timed in turn. Medians of all repetitions; ± is half the range of the turns' medians.
@@ -63,6 +65,9 @@ def bench_command(arguments: Sequence[str]) -> int:
     if len(line.positional) != 1 or line.positional[0] not in get_args(Bench):
         raise UserError(f"one of layer, step and decode is needed: {USAGE}")
     bench: Bench = line.positional[0]  # type: ignore[assignment]
+    for flag, benches in BELONGS.items():
+        if flag in options and bench not in benches:
+            raise UserError(f"{flag} belongs to bench {' and '.join(benches)}, not to {bench}")
     device = _device(options)
     everyone = entries(bench, device, _several(options, "--settings", get_args(Settings), "users,ours"))
     if "--list" in options:
@@ -74,6 +79,7 @@ def bench_command(arguments: Sequence[str]) -> int:
     cells = _cells(bench, device, options)
     rounds = _positive(options, "--rounds", 3)
     patience = _positive(options, "--patience", 600)
+    out, lock = _writable(options, "--out"), _writable(options, "--lock")
     lacking = [entry for entry in taking_part if not _installed(entry)]
     present = [entry for entry in taking_part if _installed(entry)]
 
@@ -92,17 +98,18 @@ def bench_command(arguments: Sequence[str]) -> int:
             rounds=rounds,
             folder=Path(folder),
             patience=patience,
-            lock=Path(options["--lock"]) if "--lock" in options else None,
+            lock=lock,
             say=lambda text: print(f"[{time.monotonic() - start:4.0f} s] {text}", file=sys.stderr, flush=True),
         ):
             results.append(of_cell)
+            if out is not None:  # after each cell, so that a run that is cut short leaves what it has
+                write_json(out / f"bench-{bench}.json", bench, about, _versions(present), results)
             print("", table(f"{bench}: {of_cell[0].cell.name}", rows(of_cell)), sep="\n", flush=True)
-    if "--out" in options:
-        path = Path(options["--out"]) / f"bench-{bench}.json"
-        write_json(path, bench, about, _versions(present), results)
+    if out is not None:
+        path = out / f"bench-{bench}.json"
         print(f"\nwrote {path}")
         try:
-            _draw(path, path.parent)
+            _draw(path, out)
         except UserError as error:  # the numbers are there, and a picture can be drawn of them elsewhere
             print(f"no picture: {error}")
     failed = (
@@ -153,6 +160,21 @@ def _device(options: dict[str, str]) -> str:
     if device == "cuda" and not available:
         raise UserError("--device is cuda, and torch finds no CUDA device here; use cpu")
     return device
+
+
+def _writable(options: dict[str, str], flag: str) -> Path | None:
+    """The folder of ``--out``, made if need be, or the file of ``--lock``; better refused now than after an hour."""
+    if flag not in options:
+        return None
+    path = Path(options[flag])
+    try:
+        if flag == "--out":
+            path.mkdir(parents=True, exist_ok=True)
+        else:
+            path.open("a").close()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written: {error.strerror}") from None
+    return path
 
 
 def _chosen(everyone: list[Entry], device: str, options: dict[str, str]) -> list[Entry]:

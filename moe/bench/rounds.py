@@ -196,6 +196,10 @@ def run_rounds(
                     except WorkerError:
                         worker.process.kill()
             yield results
+    except BaseException:  # an interrupt too: nobody is asked to finish
+        for worker in workers.values():
+            worker.process.kill()
+        raise
     finally:
         for worker in workers.values():
             worker.stop()

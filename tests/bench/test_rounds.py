@@ -66,9 +66,12 @@ class Scripted:
     def ask(self, do, cell, round=None):
         self.log.append((self.script["name"], do))
         reply = self.script.get(do, {})
-        if isinstance(reply, Exception):
+        if isinstance(reply, BaseException):
             raise reply
         return reply() if callable(reply) else reply
+
+    def kill(self):
+        self.log.append((self.script["name"], "kill"))
 
     def stop(self):
         self.log.append((self.script["name"], "stop"))
@@ -127,6 +130,17 @@ def test_who_fails_is_out_and_the_others_go_on(monkeypatch, tmp_path):
     assert tired.failure == "out of memory"
     assert [what for who, what in log if who in ("wrong", "tired")].count("turn") == 2
     assert any("wrong: its output is off" in text for text in said)
+
+
+def test_an_interrupt_kills_who_is_at_work(monkeypatch, tmp_path):
+    scripts = [{"name": "a", "turn": KeyboardInterrupt()}]
+    log = []
+    monkeypatch.setattr(rounds, "Worker", lambda command, path, patience: Scripted(log, scripts[0]))
+    entries = [Entry(Contestant("a", int), "users")]
+    options = {"device": "cpu", "rounds": 1, "folder": tmp_path, "patience": 1, "lock": None, "say": str}
+    with pytest.raises(KeyboardInterrupt):
+        list(run_rounds("layer", entries, [Cell()], **options))
+    assert [what for _, what in log] == ["prepare", "turn", "kill", "stop"]
 
 
 def test_the_median_is_of_all_repetitions_and_the_spread_of_the_turns():
