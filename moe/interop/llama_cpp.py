@@ -233,6 +233,7 @@ QWEN2_MOE = Family(
         *EXPERTS,
         ROUTED_WIDTH,
         SharedWidth("expert_shared_feed_forward_length"),
+        Always({"shared.gated": True}),
         SOFTMAX,
         NOT_NORMALISED,
     ),

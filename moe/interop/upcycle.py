@@ -3,9 +3,8 @@
 Sparse upcycling is Komatsuzaki et al. 2023 (arXiv 2212.05055): each expert is a copy of the MLP, the router is drawn
 anew, and normalised weights, which sum to 1 over equal experts, leave the function as it was. For finer experts the
 hidden units are cut into G parts, and E experts are E / G virtual groups that hold each part once (He et al. 2024,
-arXiv 2410.07524): the router starts with one row a group, repeated, so that a token takes whole groups, and the output
-is scaled by G, since each part has the G-th part of a group's weight. He et al. spread the scale over all matrices of
-the MLP; here W_out has all of it, which is exact for a power of two.
+arXiv 2410.07524): the router starts with one row a group, repeated, so that a token takes whole groups, and the weights
+are scaled, since each part has the G-th part of a group's weight: here W_out by G, which is exact for a power of two.
 """
 
 import hashlib
