@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +80,7 @@ def choose_tiles(product: Product, device: torch.device, run: Callable[[Tiles], 
     Raises RuntimeError where no candidate fits the device.
     """
     tried = candidates(product, device)
-    if device.type != "cuda" or len(tried) == 1:
+    if device.type != "cuda":
         return tried[0]
     key = product.key(device)
     if _chosen.get(key) in tried:  # what a file of another version says may be none of them
@@ -100,7 +99,6 @@ def choose_tiles(product: Product, device: torch.device, run: Callable[[Tiles], 
     return best
 
 
-@cache
 def candidates(product: Product, device: torch.device) -> list[Tiles]:
     """What to try, the most likely first."""
     if device.type != "cuda":
