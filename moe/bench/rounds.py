@@ -19,6 +19,9 @@ from moe.bench.contestants import Bench, Entry
 
 Say = Callable[[str], None]
 
+MEMORY_LEFT = 3 << 29
+"""bytes that have to be available for one more process; beyond that the system might kill another's"""
+
 
 @dataclass
 class Result:
@@ -149,6 +152,12 @@ def run_rounds(
     """
 
     def start_worker(entry: Entry) -> Worker:
+        left = available_bytes()
+        if left is not None and left < MEMORY_LEFT:
+            raise WorkerError(
+                f"{left / 2**30:.1f} GiB of memory are left beside the others, and {MEMORY_LEFT / 2**30:.1f} may be "
+                "needed: name fewer with --only"
+            )
         description = {
             "bench": bench,
             "contestant": entry.contestant.name,
@@ -175,10 +184,10 @@ def run_rounds(
             for result in results:
                 with _locked(lock, fcntl.LOCK_SH):
                     start = time.monotonic()
-                    worker = workers.get(result.entry.name)
-                    if worker is None or worker.process.poll() is not None:
-                        worker = workers[result.entry.name] = start_worker(result.entry)
                     try:
+                        worker = workers.get(result.entry.name)
+                        if worker is None or worker.process.poll() is not None:
+                            worker = workers[result.entry.name] = start_worker(result.entry)
                         result.facts = worker.ask(do="prepare", cell=asdict(cell))
                     except WorkerError as failed:
                         result.failure, result.unfit = str(failed), failed.unfit
@@ -189,12 +198,12 @@ def run_rounds(
                     _round(results, workers, cell, number)
                 say(f"  round {number + 1} of {rounds} done")
             for result in results:
-                worker = workers[result.entry.name]
-                if worker.process.poll() is None:
+                dropping = workers.get(result.entry.name)
+                if dropping is not None and dropping.process.poll() is None:
                     try:
-                        worker.ask(do="drop", cell=asdict(cell))
+                        dropping.ask(do="drop", cell=asdict(cell))
                     except WorkerError:
-                        worker.process.kill()
+                        dropping.process.kill()
             yield results
     except BaseException:  # an interrupt too: nobody is asked to finish
         for worker in workers.values():
@@ -203,6 +212,16 @@ def run_rounds(
     finally:
         for worker in workers.values():
             worker.stop()
+
+
+def available_bytes() -> int | None:
+    """Memory that new processes can have without swapping (Linux's MemAvailable; None elsewhere)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
 
 
 def _round(results: Sequence[Result], workers: dict[str, Worker], cell: Any, number: int) -> None:

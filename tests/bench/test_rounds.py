@@ -132,6 +132,17 @@ def test_who_fails_is_out_and_the_others_go_on(monkeypatch, tmp_path):
     assert any("wrong: its output is off" in text for text in said)
 
 
+def test_nobody_is_started_into_a_memory_that_is_full(monkeypatch, tmp_path):
+    left = iter([8 << 30, 1 << 30])
+    monkeypatch.setattr(rounds, "available_bytes", lambda: next(left))
+    results, log, _ = run(monkeypatch, tmp_path, [{"name": name, "turn": {"seconds": [1.0]}} for name in "ab"])
+    assert results[0].failure is None
+    assert results[1].failure == (
+        "1.0 GiB of memory are left beside the others, and 1.5 may be needed: name fewer with --only"
+    )
+    assert {who for who, _ in log} == {"a"}
+
+
 def test_an_interrupt_kills_who_is_at_work(monkeypatch, tmp_path):
     scripts = [{"name": "a", "turn": KeyboardInterrupt()}]
     log = []
