@@ -77,12 +77,11 @@ def draw(bench: str, device: str, cells: Sequence[Cell]) -> "go.Figure":
                     showlegend=kind not in seen,
                     marker=marker,
                     width=0.72,
-                    text=[_label(row) for row in of_kind],
-                    textposition="outside",
-                    cliponaxis=False,
                     error_x={
                         "type": "data",
-                        "array": [(row.spread or 0.0) / 2 * (row.tokens_per_second or 0.0) for row in of_kind],
+                        "symmetric": False,
+                        "array": [(row.fastest_turn or 0.0) - (row.tokens_per_second or 0.0) for row in of_kind],
+                        "arrayminus": [(row.tokens_per_second or 0.0) - (row.slowest_turn or 0.0) for row in of_kind],
                         "color": INK,
                         "thickness": 1,
                         "width": 3,
@@ -93,7 +92,22 @@ def draw(bench: str, device: str, cells: Sequence[Cell]) -> "go.Figure":
                 col=1,
             )
             seen.add(kind)
-        fastest = max(row.tokens_per_second or 0.0 for row in rows)
+        # Beside the bars and beyond their ranges, which would cross the text of a bar.
+        figure.add_trace(
+            go.Scatter(
+                x=[row.fastest_turn for row in rows],
+                y=[row.name for row in rows],
+                mode="text",
+                text=[f"  {_label(row)}" for row in rows],
+                textposition="middle right",
+                cliponaxis=False,
+                showlegend=False,
+                hoverinfo="skip",
+            ),
+            row=panel,
+            col=1,
+        )
+        fastest = max(row.fastest_turn or 0.0 for row in rows)
         bounds = [row.tokens_per_second for row in rows if row.bound]
         if bounds:
             figure.add_vline(
@@ -104,9 +118,9 @@ def draw(bench: str, device: str, cells: Sequence[Cell]) -> "go.Figure":
             )
         order = [row.name for row in reversed(rows)]
         figure.update_yaxes(categoryorder="array", categoryarray=order, automargin=True, row=panel, col=1)
-        figure.update_xaxes(range=[0, 1.18 * fastest], gridcolor=GRID, rangemode="tozero", row=panel, col=1)
+        figure.update_xaxes(range=[0, 1.2 * fastest], gridcolor=GRID, rangemode="tozero", row=panel, col=1)
     shares = any(row.share is not None for _, rows in timed for row in rows)
-    unit = "tokens a second" + "; beside it the share of the dense bound" * shares
+    unit = "tokens a second, with the range of the turns" + "; beside it the share of the dense bound" * shares
     figure.update_xaxes(title_text=unit, row=len(timed), col=1)
     figure.update_annotations(x=0, xanchor="left", font={"size": 13})
     figure.update_layout(**_layout(f"{TITLES[bench]}, on {device}", total))
@@ -128,8 +142,8 @@ def _layout(title: str, height: int) -> dict[str, Any]:
         "font": {"color": INK, "family": "system-ui, sans-serif", "size": 12},
         "title": {"text": title, "x": 0, "xref": "container", "pad": {"l": 14}, "font": {"size": 16}},
         "legend": {"orientation": "h", "yanchor": "bottom", "yref": "container", "y": 1 - 72 / height, "x": 0},
-        "margin": {"l": 60, "r": 20, "t": 100, "b": 50},
-        "height": height + 50,
+        "margin": {"l": 60, "r": 20, "t": 100, "b": 60},
+        "height": height + 60,
         "width": 1000,
         "barmode": "overlay",
     }

@@ -45,11 +45,14 @@ class Result:
 
     def spread(self, phase: str = "all") -> float | None:
         """Largest less smallest of the turns' medians, over the median of all; None for a single turn."""
-        medians = [median(turn) for turn in self.turns.get(phase, [])]
-        overall = self.seconds(phase)
+        medians, overall = self.medians(phase), self.seconds(phase)
         if overall is None or len(medians) < 2:
             return None
         return (max(medians) - min(medians)) / overall
+
+    def medians(self, phase: str = "all") -> list[float]:
+        """Of each turn, in seconds."""
+        return [median(turn) for turn in self.turns.get(phase, [])]
 
 
 class WorkerError(Exception):

@@ -26,6 +26,9 @@ class Row:
     tokens_per_second: float | None
     spread: float | None
     """range of the turns' medians over their median"""
+    slowest_turn: float | None
+    """tokens per second"""
+    fastest_turn: float | None
     forward_ms: float | None
     ms: float | None
     tflops: float | None
@@ -61,6 +64,8 @@ def _row(result: Result, bound: float | None) -> Row:
         unfit=result.unfit,
         tokens_per_second=None if seconds is None else work.tokens / seconds,
         spread=None if seconds is None else result.spread(),
+        slowest_turn=None if seconds is None else work.tokens / max(result.medians()),
+        fastest_turn=None if seconds is None else work.tokens / min(result.medians()),
         forward_ms=None if forward is None else 1000 * forward,
         ms=None if seconds is None else 1000 * seconds,
         tflops=None if seconds is None or work.flops is None else work.flops / seconds / 1e12,
