@@ -44,7 +44,7 @@ BELONGS: dict[str, tuple[Bench, ...]] = {"--skew": ("layer",), "--batch": ("step
 """flags that act in some benches alone"""
 MEANING = """\
 Ours, every installed peer and the dense bound, side by side: each in a process of its own, checked against float32
-first and then timed in turn. Medians of all repetitions; ± is half the range of the turns' medians.
+first and then timed in turn. A time is the median over turns of each turn's median; ± is half the range of these.
 layer   one layer of experts, the routing given: forward, and forward and backward
 step    forward, backward and fused AdamW of a whole model
 decode  greedy tokens with a cache of keys and values

@@ -39,12 +39,12 @@ class Result:
     """whether that is because it is not made for this cell"""
 
     def seconds(self, phase: str = "all") -> float | None:
-        """Median of all repetitions of all turns."""
-        every = [second for turn in self.turns.get(phase, []) for second in turn]
-        return median(every) if every else None
+        """Median over the turns of each turn's median: a quiet turn, which repeats more often, counts as one."""
+        medians = self.medians(phase)
+        return median(medians) if medians else None
 
     def spread(self, phase: str = "all") -> float | None:
-        """Largest less smallest of the turns' medians, over the median of all; None for a single turn."""
+        """Largest less smallest of the turns' medians, over their median; None for a single turn."""
         medians, overall = self.medians(phase), self.seconds(phase)
         if overall is None or len(medians) < 2:
             return None
