@@ -70,7 +70,8 @@ def export_command(arguments: Sequence[str]) -> int:
     if len(line.positional) != 2:
         raise UserError(f"a run folder and a place to write to are needed: {EXPORT_USAGE}")
     run, target = map(Path, line.positional)
-    KINDS[kind](RunFolder.open(run), target, dtype=_dtype(line.options), say=print)
+    dtype = _dtype(line.options)
+    KINDS[kind](RunFolder.open(run), target, dtype=dtype, say=print)
     print(f"written: {target}")
     return 0
 
