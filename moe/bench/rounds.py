@@ -195,7 +195,7 @@ def run_rounds(
                     except WorkerError as failed:
                         result.failure, result.unfit = str(failed), failed.unfit
                     took = time.monotonic() - start
-                say(f"  {result.entry.name}: {result.failure or 'agrees'} ({took:.0f} s)")
+                say(f"  {result.entry.name}: {result.failure or 'ready'} ({took:.0f} s)")
             for number in range(rounds):
                 with _locked(lock, fcntl.LOCK_EX):
                     _round(results, workers, cell, number)
