@@ -197,15 +197,23 @@ def step_contestants() -> list[Contestant]:
             "torchtitan's layer",
             partial(models.grafted, layer=models.torchtitan_layer, feed_forward=models.TORCHTITAN_NAMES),
             TORCHTITAN,
+            usual=("cpu",),
             low_precision=True,
         ),
         Contestant(
             "mixture-of-experts",
             partial(models.grafted, layer=models.mixture_of_experts_layer),
             MIXTURE_OF_EXPERTS,
+            usual=("cpu",),
             drops=True,
         ),
-        Contestant("st-moe-pytorch", partial(models.grafted, layer=models.st_moe_layer), ST_MOE, drops=True),
+        Contestant(
+            "st-moe-pytorch",
+            partial(models.grafted, layer=models.st_moe_layer),
+            ST_MOE,
+            usual=("cpu",),
+            drops=True,
+        ),
     ]
 
 
