@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moe.data.batches import Batch
 from moe.model.routing import Routing
-from moe.model.transformer import Transformer
+from moe.model.transformer import Transformer, normalise
 from moe.study.intervene import change_k, knock_out, largest_k, mixture_layers, random_routing
 from moe.study.measurement import Axis, Measurement
 from moe.training.head_loss import token_losses
@@ -163,12 +163,12 @@ def _forward(model: Transformer, batch: Batch) -> tuple[list[tuple[Any, ...]], F
 
 def _losses_from(model: Transformer, number: int, inputs: tuple[Any, ...], batch: Batch) -> Float[Tensor, "B S"]:
     """The loss of each target when the blocks from ``number`` on are computed again, from the first one's inputs."""
-    x, context, previous_logits, cache = inputs
+    x, context, previous_logits, cache, _ = inputs
     for block in model.blocks[number:]:
         x, routing = block(x, context, previous_logits, cache)
         if routing is not None and model.config.router.residual:
             previous_logits = routing.logits
-    return _losses_of(model, model.norm(x), batch)
+    return _losses_of(model, normalise(model.norm, x), batch)
 
 
 def _losses(model: Transformer, batch: Batch) -> Float[Tensor, "B S"]:

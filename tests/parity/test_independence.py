@@ -6,8 +6,9 @@ from pathlib import Path
 import moe
 
 PACKAGE = Path(moe.__file__).parent
-# Published checkpoints are read with transformers itself (an optional extra), and nothing else is.
-SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "study" / "imported.py"})
+# It reads published checkpoints for the study and runs in the bench as a peer (optional extras), and that is all.
+LEANING = {PACKAGE / "study" / "imported.py", *(PACKAGE / "bench").glob("*.py")}
+SOURCES = sorted(set(PACKAGE.rglob("*.py")) - LEANING)
 
 
 def imported_packages(source: Path) -> set[str]:
