@@ -422,6 +422,19 @@ def test_captured_blocks_train_as_plain_ones(begin: Begin, monkeypatch: pytest.M
     assert_same_two_steps(begin, {})
 
 
+def test_a_validation_compiles_nothing(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batches have other shapes than those of training, and the last of a domain another one yet."""
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile_block(block, backend="eager"))
+    training = begin(overrides={"training.compile": True})
+    training.take_step()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    validate(training.model, training.corpus, 16, 8, "fp32")
+
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0
+
+
 def test_compiled_blocks_train_as_plain_ones(begin: Begin) -> None:
     assert_same_two_steps(begin, {"model.n_layers": 1, "model.dense_twin": True})
 
