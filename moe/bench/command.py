@@ -1,10 +1,11 @@
 """``python -m moe bench layer | step | decode``: flags, the run, and what is printed and written."""
 
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,7 +90,7 @@ def bench_command(arguments: Sequence[str]) -> int:
         print(missing)
     start = time.monotonic()
     results: list[list[Result]] = []
-    with tempfile.TemporaryDirectory(prefix="moe-bench-") as folder:
+    with _terminated_as_interrupted(), tempfile.TemporaryDirectory(prefix="moe-bench-") as folder:
         for of_cell in run_rounds(
             bench,
             present,
@@ -118,6 +119,20 @@ def bench_command(arguments: Sequence[str]) -> int:
         for result in of_cell
     )
     return int(any(failed))
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end this process as Ctrl-C does: the contestants' processes and the temporary folder go with it."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _draw_again(files: Sequence[str], options: dict[str, str]) -> int:

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -70,6 +72,21 @@ def test_a_whole_run_in_processes_of_their_own(tmp_path, capsys, monkeypatch):
         assert row["forward_ms"] < row["ms"]
         assert len(cell["seconds"][row["name"]]["all"]) == 2
     assert {row["name"] for row in cell["rows"]} == {"ours segments", "plain loop"}
+
+
+def test_a_terminated_run_leaves_nothing_behind(monkeypatch):
+    seen = []
+
+    def run_rounds(*arguments, folder, **options):
+        seen.append(folder)
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield
+
+    monkeypatch.setattr("moe.bench.command.run_rounds", run_rounds)
+    assert main(["bench", "layer", "--device", "cpu", "--only", "plain loop"]) == 130
+    [folder] = seen
+    assert not folder.exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_settings_of_a_process_are_never_made_by_importing(monkeypatch):
