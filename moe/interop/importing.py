@@ -65,17 +65,14 @@ def import_checkpoint(
     for key in source.family.unread(source.settings, HARMLESS):
         say(f"{source.config_path}: {key} is not read: models of the family {source.family.name} do not depend on it")
     tokenizer = Tokenizer.load(_tokenizer_file(folder))
-    config = _configured(source, overrides, upcycling).with_vocab(tokenizer.size)
+    config = _configured(source, overrides, upcycling)
+    if tokenizer.size > source.settings["vocab_size"]:
+        known = source.settings["vocab_size"]
+        raise UserError(f"{source.config_path}: vocab_size is {known}, but tokenizer.json has {tokenizer.size} ids")
     shards = Shards.open(folder)
     pieces = source.family.pieces(source.model)
     _require_same_tensors(shards, pieces, source)
-    device = choose_device(config.training.device)
-    config = replace(
-        config,
-        training=replace(
-            config.training, precision=choose_precision(config.training.precision, device, config.model.d_model)
-        ),
-    )
+    config = _with_precision(config)
     RunFolder.require_free(config)
     assert config.run.name is not None
     path = Path(config.run.folder).expanduser() / config.run.name
@@ -199,6 +196,14 @@ def _configured(source: Source, overrides: Mapping[str, str], upcycling: Upcycli
     return config
 
 
+def _with_precision(config: Config) -> Config:
+    """The settings with a precision that is not ``auto``, as every run has them."""
+    training = config.training
+    wanted = "bf16" if training.weight_dtype == "bf16" else training.precision
+    found = choose_precision(wanted, choose_device(training.device), config.model.d_model)
+    return replace(config, training=replace(training, precision=found))
+
+
 def _with(model: ModelConfig, settings: Mapping[str, Any]) -> ModelConfig:
     """``model`` with other values of some settings, by dotted key."""
     sections: dict[str, dict[str, Any]] = {}
@@ -282,17 +287,15 @@ def _write_weights(
     with torch.device("meta"):
         model = Transformer(config.model, config.training.seed)
     keep_weights(model, config.training.weight_dtype)
+    kept = shapes(config.model)
+    ours = Storage(work / "ours", {name: tensor for name, tensor in model.state_dict().items() if name in kept})
     if upcycling is None:
-        like = {name: tensor for name, tensor in model.state_dict().items() if name in shapes(config.model)}
-        storage = Storage(work / "tensors", like)
-        _fill(storage.tensors, shards, pieces, source_model)
-        give_memory(model, storage.tensors)
+        _fill(ours.tensors, shards, pieces)
+        give_memory(model, ours.tensors)
     else:
         dense = Storage(work / "dense", shapes(source_model))
-        _fill(dense.tensors, shards, pieces, source_model)
-        like = {name: tensor for name, tensor in model.state_dict().items() if name in shapes(config.model)}
-        storage = Storage(work / "tensors", like)
-        _upcycle(model, storage.tensors, dense.tensors, config, upcycling)
+        _fill(dense.tensors, shards, pieces)
+        _upcycle(model, ours.tensors, dense.tensors, config, upcycling)
         del dense
         shutil.rmtree(work / "dense")
     checkpoint.save(
@@ -306,7 +309,7 @@ def _write_weights(
 
 
 @torch.no_grad()
-def _fill(ours: Mapping[str, Tensor], shards: Shards, pieces: list[Piece], model: ModelConfig) -> None:
+def _fill(ours: Mapping[str, Tensor], shards: Shards, pieces: list[Piece]) -> None:
     """Copy every tensor of theirs to its place among ``ours``, which are zeros."""
     places: dict[str, list[Piece]] = {}
     for piece in pieces:

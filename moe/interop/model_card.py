@@ -115,12 +115,13 @@ def _use(weights: RunWeights) -> str:
         'folder = "."  # this one\n'
         "tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)\n"
         'prompt = tokenizer("Once upon a time", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64, do_sample=False)[0]))\n"
+        "[ids] = model.generate(**prompt, max_new_tokens=64, do_sample=False)\n"
+        "print(tokenizer.decode(ids, skip_special_tokens=True))\n"
         "```"
     )
 
 
-def _table(rows: Iterable[tuple[str, ...]], heads: tuple[str, ...] = ("", "")) -> str:
+def _table(rows: Iterable[tuple[str, ...]], heads: tuple[str, ...] = ("what", "value")) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ("---",) * len(heads), *rows))
 
 

@@ -137,6 +137,7 @@ def write_shards(
         save_file(part, folder / called, metadata={"format": "pt"})
         (folder / called).chmod(0o644)
         weight_map |= dict.fromkeys(names, called)
+        del part
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

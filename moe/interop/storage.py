@@ -1,5 +1,6 @@
 """Tensors that live in files, so that a model larger than memory can be put together piece by piece."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,15 +12,29 @@ class Storage:
     """Tensors by name, each in a file below ``folder``, all zeros at first; the system keeps in memory what fits."""
 
     def __init__(self, folder: Path, like: Mapping[str, Tensor]) -> None:
-        """``like`` gives names, shapes and dtypes; its tensors may be without memory."""
+        """``like`` gives names, shapes and dtypes; its tensors may be without memory.
+
+        Raises OSError where the disk has no room: later it would be too late, and end the process.
+        """
         folder.mkdir()
         self.tensors: dict[str, Tensor] = {}
         for number, (name, tensor) in enumerate(like.items()):
             if tensor.numel() == 0:
                 self.tensors[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
                 continue
-            flat = torch.from_file(str(folder / f"{number}"), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            path = folder / f"{number}"
+            _take_room(path, tensor.numel() * tensor.dtype.itemsize)
+            flat = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
             self.tensors[name] = flat.view(tensor.shape)
+
+
+def _take_room(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes, all 0, whose room on the disk is its own where the system can do that."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
 
 
 def give_memory(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

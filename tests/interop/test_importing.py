@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from moe.config import ConfigError
 from moe.data.batches import Batches
 from moe.data.tokenizer import Tokenizer
 from moe.errors import UserError
@@ -170,7 +169,7 @@ def test_settings_that_decide_what_is_computed_are_the_checkpoints(checkpoint_of
 def test_the_vocabulary_must_hold_the_tokenizer(checkpoint_of: Make, imported: Make, tokenizer: Tokenizer) -> None:
     folder = checkpoint_of("llama", vocab_size=290)
 
-    with pytest.raises(ConfigError, match=f"vocab_size: is 290, but the tokenizer has {tokenizer.size} ids"):
+    with pytest.raises(UserError, match=rf"vocab_size is 290, but tokenizer.json has {tokenizer.size} ids"):
         imported(folder)
 
 
@@ -381,6 +380,21 @@ def test_pickles_are_not_opened(checkpoint_of: Make, imported: Make) -> None:
 
     with pytest.raises(UserError, match="holds its weights as pickles, which can run code and are not opened"):
         imported(folder)
+
+
+def test_a_full_disk_is_told_before_a_tensor_is_read(
+    checkpoint_of: Make, imported: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Writing to a file in memory that the disk has no room for would end the process."""
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+
+    with pytest.raises(UserError, match=r"No space left on device; choose another --run.folder"):
+        imported(checkpoint_of("llama"))
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_an_import_that_fails_on_the_way_leaves_nothing(checkpoint_of: Make, imported: Make, tmp_path: Path) -> None:
