@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.config import ExpertBackend, ExpertsConfig, FeedForwardConfig
-from moe.model.experts import fused, grouped, segments
+from moe.model.experts import few, fused, grouped, segments
 from moe.model.experts.fused import fused_experts
 from moe.model.experts.grouped import grouped_experts
 from moe.model.experts.reference import one_expert, reference_experts
@@ -48,7 +48,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
         """Send each token through its selected experts and sum their weighted outputs."""
-        return _BACKENDS[choose_backend(self.backend, x, self.weights)](x, routing, self.weights)
+        weights = self.weights
+        if self.backend == "auto" and few.fits(x, routing):
+            return few.few_experts(x, routing, weights)
+        return _BACKENDS[choose_backend(self.backend, x, weights)](x, routing, weights)
 
     def one(self, expert: int, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         """The output of one expert for every token, unweighted."""
