@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moe.inference.one_token import OneToken, can_read
 from moe.inference.sampling import Sampling, sample
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
@@ -37,26 +38,33 @@ def generate(
     sampling = sampling or Sampling()
     generators = [torch.Generator().manual_seed((seed << 20) + row) for row in range(len(prompts))]
     tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device, dtype=torch.bool)
+    real = None  # where no sequence is padded, nobody has to know of a mask
+    if any(len(prompt) < longest for prompt in prompts):
+        real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device).bool()
     cache = KVCache(model.config, len(prompts), capacity, device, model.embedding.weight.dtype)
-    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    going = [True] * len(prompts)
     written: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
     try:
-        for _ in range(max_new_tokens):
-            # Compiled for training's shapes, blocks would be compiled again for each kind of step here.
-            with torch.compiler.set_stance("force_eager"):
-                logits, _ = model(tokens, mask=real, cache=cache)
-            chosen = sample(logits[:, -1], sampling, generators)
-            if stop is not None:
-                going = going & (chosen != stop)
-            for row, (token, is_going) in enumerate(zip(chosen.tolist(), going.tolist(), strict=True)):
-                if is_going:
-                    written[row].append(token)
-            if not going.any():
-                break
-            tokens, real = chosen[:, None], going[:, None]
+        # Compiled for training's shapes, blocks would be compiled again for each kind of step here.
+        with torch.compiler.set_stance("force_eager"):
+            one_token = OneToken(model, cache) if can_read(model, len(prompts)) else None
+            for step in range(max_new_tokens):
+                if step == 0 or one_token is None:
+                    hidden, _ = model.hidden(tokens, real, cache)
+                    logits = model.head(hidden[:, -1])
+                else:
+                    logits = one_token.read(tokens[:, 0], going)
+                chosen = sample(logits, sampling, generators)
+                for row, token in enumerate(chosen.tolist()):
+                    going[row] = going[row] and token != stop
+                    if going[row]:
+                        written[row].append(token)
+                if not any(going):
+                    break
+                tokens = chosen[:, None]
+                real = None if all(going) else torch.tensor(going, device=device)[:, None]
     finally:
         model.train(was_training)
     return written

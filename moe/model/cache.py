@@ -11,16 +11,21 @@ class KVCache:
     """Room for ``capacity`` tokens of B sequences in every layer.
 
     Sequences of different lengths share one length here: shorter prompts are padded on the left, and ``real`` says
-    which of the columns hold a token.
+    which of the columns hold a token. As long as all of them do, nobody has to look at it.
     """
 
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
-        shape = (config.n_layers, batch, config.attention.kv_heads, capacity, config.attention.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.real = torch.zeros(batch, capacity, device=device, dtype=torch.bool)
+        heads, width = config.attention.kv_heads, config.attention.head_dim
+        self.keys_and_values = torch.zeros(
+            config.n_layers, batch, 2 * heads, capacity, width, device=device, dtype=dtype
+        )
+        """of each layer: all heads of keys, then all of values, so that a new token's can be written at once"""
+        self.keys, self.values = self.keys_and_values[:, :, :heads], self.keys_and_values[:, :, heads:]
+        self.real = torch.ones(batch, capacity, device=device, dtype=torch.bool)
+        self.padded = False
+        """whether some column so far may be padding"""
         self.length = 0
 
     @property
@@ -28,17 +33,20 @@ class KVCache:
         """Tokens a sequence can hold."""
         return self.real.shape[1]
 
-    def extend(self, real: Bool[Tensor, "B S"]) -> Bool[Tensor, "B L"]:
-        """Make room for S more tokens and return which of all L columns so far are real.
+    def extend(self, n_tokens: int, real: Bool[Tensor, "B S"] | None = None) -> Bool[Tensor, "B L"] | None:
+        """Make room for S = ``n_tokens`` more tokens and return which of all L columns so far are real; None: all.
 
-        Raises ValueError where the capacity is exceeded.
+        ``real`` is False for those of the new tokens that are padding; None where none is. Raises ValueError where the
+        capacity is exceeded.
         """
-        end = self.length + real.shape[1]
+        end = self.length + n_tokens
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, and {end} were wanted")
-        self.real[:, self.length : end] = real
+        if real is not None:
+            self.padded = True
+            self.real[:, self.length : end] = real
         self.length = end
-        return self.real[:, :end]
+        return self.real[:, :end] if self.padded else None
 
     def store(
         self, layer: int, keys: Float[Tensor, "B H S d"], values: Float[Tensor, "B H S d"]

@@ -52,12 +52,12 @@ class MoELayer(nn.Module):
         routing. The other arguments are those of :meth:`~moe.model.router.Router.forward`, for the routers that need
         them.
         """
-        tokens = rearrange(x, "b s d -> (b s) d")
+        tokens = x.flatten(0, 1)
         routing = self.router(
             tokens,
-            None if mask is None else rearrange(mask, "b s -> (b s)"),
-            token_ids=None if token_ids is None else rearrange(token_ids, "b s -> (b s)"),
-            positions=None if positions is None else positions.expand(x.shape[:2]).reshape(-1),
+            None if mask is None else mask.flatten(),
+            token_ids=None if token_ids is None else token_ids.flatten(),
+            positions=None if positions is None else positions.expand(x.shape[:2]).flatten(),
             previous_logits=previous_logits,
             n_sequences=x.shape[0],
         )
@@ -69,7 +69,7 @@ class MoELayer(nn.Module):
             y = y + self.special(tokens, routing).to(y.dtype)
         if self.shared is not None:
             y = y + self.shared(tokens)
-        return rearrange(y, "(b s) d -> b s d", b=x.shape[0]), routing
+        return y.view_as(x), routing
 
     @property
     def _weighs_first(self) -> bool:

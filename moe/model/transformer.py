@@ -99,13 +99,15 @@ class Transformer(nn.Module):
         length = tokens.shape[1] + (cache.length if cache is not None else 0)
         if length > self.config.max_seq:
             raise ValueError(f"a sequence of {length} tokens is longer than model.max_seq = {self.config.max_seq}")
-        if mask is None and cache is None:
-            return torch.arange(length, device=tokens.device)[None], None
-        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        if cache is not None:
-            real = cache.extend(real)
-        positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        return positions, visible_keys(real, tokens.shape[1])
+        n_tokens = tokens.shape[1]
+        real = mask if cache is None else cache.extend(n_tokens, mask)
+        if real is None:
+            positions = torch.arange(length - n_tokens, length, device=tokens.device)[None]
+            if n_tokens == length:
+                return positions, None
+            return positions, visible_keys(torch.ones(1, length, dtype=torch.bool, device=tokens.device), n_tokens)
+        positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -n_tokens:]
+        return positions, visible_keys(real, n_tokens)
 
 
 class Batch(NamedTuple):

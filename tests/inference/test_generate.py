@@ -66,7 +66,7 @@ def test_a_row_ends_before_its_stop_token_and_the_others_go_on(model: Transforme
 def test_it_ends_early_once_every_row_has_stopped(model: Transformer) -> None:
     stop = generate(model, [[7]], 1, GREEDY)[0][0]
     calls = []
-    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    handle = model.embedding.register_forward_pre_hook(lambda *_: calls.append(1))
 
     try:
         assert generate(model, [[7], [7]], 12, GREEDY, stop=stop) == [[], []]

@@ -202,7 +202,8 @@ def test_the_cache_continues_where_it_stopped() -> None:
 
     cache, parts = KVCache(config, 2, 7, torch.device("cpu"), torch.float64), []
     for start, end in ((0, 4), (4, 5), (5, 7)):
-        real = cache.extend(torch.ones(2, end - start, dtype=torch.bool))
+        cache.extend(end - start)
+        real = torch.ones(2, end, dtype=torch.bool)
         rotation = rotation_of(torch.arange(start, end)[None], 6, THETA)
         parts.append(layer(x[:, start:end], rotation, visible_keys(real, end - start), cache))
 

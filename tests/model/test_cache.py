@@ -24,7 +24,7 @@ def test_two_chunks_come_back_as_one_and_layers_stay_apart() -> None:
     chunks = torch.randn(2, 2, 3, 2, 5, 6, generator=torch.Generator().manual_seed(0))  # key or value, layer, ...
 
     for start, end in ((0, 3), (3, 5)):
-        kept.extend(torch.ones(3, end - start, dtype=torch.bool))
+        assert kept.extend(end - start) is None
         for layer in range(2):
             keys, values = kept.store(layer, chunks[0, layer, ..., start:end, :], chunks[1, layer, ..., start:end, :])
             assert torch.equal(keys, chunks[0, layer, ..., :end, :])
@@ -36,16 +36,39 @@ def test_two_chunks_come_back_as_one_and_layers_stay_apart() -> None:
 def test_it_remembers_which_columns_are_padding() -> None:
     kept = cache()
 
-    kept.extend(torch.tensor([[False, True], [True, True], [True, True]]))
-    real = kept.extend(torch.tensor([[True], [True], [False]]))
+    kept.extend(2, torch.tensor([[False, True], [True, True], [True, True]]))
+    real = kept.extend(1, torch.tensor([[True], [True], [False]]))
 
+    assert real is not None
     assert real.tolist() == [[False, True, True], [True, True, True], [True, True, False]]
+    assert kept.extend(1).tolist() == [[False, True, True, True], [True, True, True, True], [True, True, False, True]]
+
+
+def test_columns_without_a_mask_are_real_once_another_has_one() -> None:
+    kept = cache()
+
+    assert kept.extend(2) is None
+    real = kept.extend(1, torch.tensor([[True], [False], [True]]))
+
+    assert real is not None
+    assert real.tolist() == [[True, True, True], [True, True, False], [True, True, True]]
+
+
+def test_keys_and_values_of_a_layer_lie_side_by_side() -> None:
+    """So that a new token's are written at once: of two key heads, heads 0 and 1 are keys, 2 and 3 values."""
+    kept = cache()
+    kept.extend(1)
+
+    kept.store(1, torch.full((3, 2, 1, 6), 2.0), torch.full((3, 2, 1, 6), 3.0))
+
+    assert kept.keys_and_values[1, 0, :, 0, 0].tolist() == [2.0, 2.0, 3.0, 3.0]
+    assert kept.keys_and_values[0].count_nonzero() == 0
 
 
 def test_more_than_its_capacity_is_refused_and_changes_nothing() -> None:
     kept = cache(capacity=3)
-    kept.extend(torch.ones(3, 2, dtype=torch.bool))
+    kept.extend(2)
 
     with pytest.raises(ValueError, match="holds 3 tokens, and 4 were wanted"):
-        kept.extend(torch.ones(3, 2, dtype=torch.bool))
+        kept.extend(2)
     assert kept.length == 2

@@ -22,7 +22,7 @@ def combine_weights(
         scores = scores.masked_fill(~weighted, 0.0)
     if normalise:
         scores = scores / _divisor(scores)
-    return scores * scale
+    return scores if scale == 1.0 else scores * scale
 
 
 def equal_scores(selected: Int[Tensor, "T K"], n_experts: int, dtype: torch.dtype) -> Float[Tensor, "T E"]:
@@ -48,6 +48,5 @@ def straight_through_weights(
 
 def _divisor(scores: Float[Tensor, "T K"]) -> Float[Tensor, "T 1"]:
     """Each token's sum of scores, or 1 where it is so small that a gradient divided by it could overflow."""
-    total = scores.sum(dim=-1, keepdim=True)
     limits = torch.finfo(scores.dtype)
-    return total.masked_fill(total < limits.tiny / limits.eps, 1.0)
+    return torch.threshold(scores.sum(dim=-1, keepdim=True), limits.tiny / limits.eps, 1.0)
