@@ -1,9 +1,10 @@
 """The model of a run as lm-evaluation-harness wants it: log-likelihoods of text and text that it writes itself.
 
-Text is encoded, cut to fit and scored as the harness does for a transformers checkpoint (its ``--model hf``), so that a
-run and its export have the same scores: a context longer than the window loses its beginning, one that is empty becomes
-an end of text, and no other context begins with one. What differs is only how the work is laid out: requests that read
-the same tokens (the choices of a question, where each is one token) are read once, and batches are of like lengths.
+Text is encoded, cut to fit and scored as the harness does for an exported run (its ``--model hf``), so that both have
+the same scores: a context begins with an end of text, as documents do in training, and one that is longer than the
+window loses its beginning. What differs is only how the work is laid out: requests that read the same tokens (the
+choices of a question, where each is one token) are read once, and batches are of like lengths. The one exception is a
+whole text (``loglikelihood_rolling``): there ``--model hf`` also scores the end of text that its tokenizer puts first.
 
 This file needs the extra ``evaluate``.
 """
@@ -65,12 +66,13 @@ class RunLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The end of text, which also stands in for an empty context."""
+        """The end of text, which every context begins with."""
         return self._tokenizer.end_of_text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The tokens of ``string``; none is added, whatever ``add_special_tokens`` says."""
-        return self._tokenizer.encode(string)
+        """The tokens of ``string`` after an end of text, which ``add_special_tokens=False`` leaves out."""
+        begin = [] if add_special_tokens is False else [self.eot_token_id]
+        return begin + self._tokenizer.encode(string)
 
     def tok_decode(self, tokens: Sequence[int]) -> str:
         """The text of ``tokens``."""
@@ -122,7 +124,7 @@ class RunLM(TemplateLM):  # type: ignore[misc]
         windows: list[Request] = []
         owner: list[int] = []
         for index, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
             for window in get_rolling_token_windows(tokens, self.eot_token_id, self.max_length, context_len=1):
                 windows.append((None, *make_disjoint_window(window)))
                 owner.append(index)
@@ -192,10 +194,7 @@ class RunLM(TemplateLM):  # type: ignore[misc]
             for indices in wanted.values():
                 until, n_tokens, sampling = self._generation_settings(requests[indices[0]].args[1])
                 room = self.max_length - n_tokens
-                contexts = {
-                    index: (self.tok_encode(requests[index].args[0]) or [self.eot_token_id])[-room:]
-                    for index in indices
-                }
+                contexts = {index: self.tok_encode(requests[index].args[0])[-room:] for index in indices}
                 ordered = sorted(indices, key=lambda index: -len(contexts[index]))
                 for first in range(0, len(ordered), self.batch_size):
                     some = ordered[first : first + self.batch_size]

@@ -19,7 +19,7 @@ from moe.evaluation.tasks.write import Item, as_lines
 PREFIX = "cloze_"
 """before the name of the domain, in the name of its task"""
 CHOICES = 4
-QUESTION, ANSWER, SLACK = 120, 40, 20
+QUESTION, ANSWER, SLACK = 60, 24, 40
 """characters of the two parts of a piece, and by how many each may be longer so as to end with a word"""
 MOST_SETS = 25
 """of a domain: 100 items"""
@@ -71,9 +71,10 @@ def cloze_items(held_out: HeldOut) -> Iterator[Item]:
 
 
 def pieces_of(text: str) -> Iterator[tuple[str, str]]:
-    """Neighbouring (question, answer), each cut where a word ends, so that the answer begins with a space or a mark.
+    """(question, answer) after (question, answer), each cut where a word ends: an answer begins with a space or a mark.
 
-    Tokenizers part text there, so that neither part's tokens depend on the other.
+    Tokenizers part text there, so that neither part's tokens depend on the other. The next question begins where the
+    last one ended, with its answer: of little text as many pieces are made as there can be.
     """
     begin = 0
     while True:
@@ -84,7 +85,7 @@ def pieces_of(text: str) -> Iterator[tuple[str, str]]:
         question, answer = text[begin:middle].lstrip(), text[middle:end]
         if middle - begin <= QUESTION + SLACK and end - middle <= ANSWER + SLACK and question:
             yield question, answer
-        begin = end
+        begin = middle
 
 
 def _word_end(text: str, start: int) -> int | None:
