@@ -4,6 +4,7 @@ Names and meanings are those of transformers 5.23 and 4.57, whose sources were r
 implementation there. A default is what the absence of a key means in both. To add a family, add its tables.
 """
 
+from dataclasses import replace
 from types import MappingProxyType
 
 from moe.config import ModelConfig
@@ -38,7 +39,9 @@ SHAPE = (
     Only("hidden_act", "silu", absent="silu", reason="and the gate of our experts is silu"),
     Always({"norm": "rmsnorm", "feed_forward.activation": "swiglu", "router.preset": None}),
 )
-KEY_HEADS = Key("num_key_value_heads", "attention.n_kv_heads", default=None, resolved="attention.kv_heads")
+KEY_HEADS = Key("num_key_value_heads", "attention.n_kv_heads", resolved="attention.kv_heads")
+"""whose absence would mean a number that is another one in each of these families"""
+KEY_HEADS_OR_QUERIES = replace(KEY_HEADS, default=None)
 ATTENTION_BIAS = Key("attention_bias", "attention.bias", bool, default=False)
 TOP_K = Key("num_experts_per_tok", "router.top_k")
 NORMALISED = Key("norm_topk_prob", "router.normalise", bool, default=False)
@@ -143,7 +146,7 @@ OLMOE = Family(
     architecture="OlmoeForCausalLM",
     settings=(
         *SHAPE,
-        KEY_HEADS,
+        KEY_HEADS_OR_QUERIES,
         HeadWidth(written=False),
         ATTENTION_BIAS,
         Rotary(10_000.0),
@@ -253,7 +256,7 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     settings=(
         *SHAPE,
-        KEY_HEADS,
+        KEY_HEADS_OR_QUERIES,
         HeadWidth(),
         ATTENTION_BIAS,
         Key("mlp_bias", "feed_forward.bias", bool, default=False),

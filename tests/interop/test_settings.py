@@ -185,3 +185,51 @@ def test_windows_that_have_no_effect_are_no_obstacle() -> None:
     harmless = {"use_sliding_window": False, "sliding_window": 4096, "layer_types": ["full_attention"] * 3}
 
     assert FullAttention().read(harmless) == {}
+
+
+REQUIRED = {
+    "vocab_size": 320,
+    "hidden_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "intermediate_size": 96,
+}
+GROUPED = {"num_key_value_heads": 2}
+NO_LAYERS_AHEAD = {"num_nextn_predict_layers": 0, "partial_rotary_factor": 1.0}
+FOR_FAMILY = {
+    "mixtral": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "qwen2_moe": GROUPED
+    | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    "glm4_moe": GROUPED
+    | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+    | NO_LAYERS_AHEAD,
+    "llama": {},
+    "qwen3": GROUPED,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_file_leaves_out_is_what_transformers_makes_of_it(name: str) -> None:
+    """Rotation, ties, biases, norms of weights, widths of heads: read from the file as from its configuration there."""
+    given = REQUIRED | FOR_FAMILY[name]
+    theirs = AutoConfig.for_model(name, **given).to_dict()
+
+    assert decisive(FAMILIES[name].model_config(given)) == decisive(FAMILIES[name].model_config(theirs))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "qwen3"])
+def test_a_number_that_each_version_of_a_family_makes_up_must_be_given(name: str) -> None:
+    """Mixtral would have 8 heads for keys, whatever the model, and Qwen3-MoE 4."""
+    given = {key: value for key, value in (REQUIRED | FOR_FAMILY[name]).items() if key != "num_key_value_heads"}
+
+    with pytest.raises(ConfigError, match="num_key_value_heads: is not given"):
+        FAMILIES[name].model_config(given)
