@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, ModelConfig, RouterConfig
+from moe.config import AttentionConfig, ExpertsConfig, ModelConfig, RouterConfig
 from moe.interop.families import FAMILIES
 from moe.interop.importing import Source
 from moe.interop.links import Link, gate_bias, gate_rows, homeless, pieces, shapes, value_bias, value_rows
@@ -93,20 +94,62 @@ def test_what_has_no_place_is_named() -> None:
     ]
 
 
-def test_shapes_need_no_memory() -> None:
-    """Mixtral-8x7B, whose 46.7 billion parameters nobody has here."""
-    large = ModelConfig(
-        vocab_size=32000,
-        n_layers=32,
-        d_model=4096,
-        tie_embeddings=False,
-        attention=AttentionConfig(n_heads=32, n_kv_heads=8, head_dim=128),
-        experts=ExpertsConfig(n_experts=8, d_ff=14336),
-        feed_forward=FeedForwardConfig(),
-    )
+SHAPES: dict[str, tuple[dict[str, Any], int]] = {
+    "mixtral": (
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        46_702_792_704,
+    ),
+    "olmoe": (
+        {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "intermediate_size": 1024,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+        6_919_161_856,
+    ),
+    "qwen3_moe": (
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+        },
+        30_532_122_624,
+    ),
+}
+"""settings of Mixtral-8x7B, OLMoE-1B-7B and Qwen3-30B-A3B, and how many parameters transformers counts in each"""
 
-    assert sum(tensor.numel() for tensor in shapes(large).values()) == 46_702_792_704
-    assert FAMILIES["mixtral"].homeless(large) == []
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_models_have_their_size_and_a_place_for_all_of_it(name: str) -> None:
+    """Without memory for it."""
+    settings, parameters = SHAPES[name]
+    family = FAMILIES[name]
+
+    model = family.model_config({"max_position_embeddings": 4096, "rms_norm_eps": 1e-5} | settings)
+
+    assert sum(tensor.numel() for tensor in shapes(model).values()) == parameters
+    assert family.homeless(model) == []
 
 
 def test_a_tied_head_is_the_embedding() -> None:
