@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
+from moe.model import short_attention
 from moe.model.cache import KVCache
 
 
@@ -49,16 +50,28 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.store(self.layer, keys, values)
             keys, values = keys.to(queries.dtype), values.to(queries.dtype)
-        heads = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=visible,
-            is_causal=visible is None,
-            enable_gqa=queries.shape[1] != keys.shape[1],
-        )
+        heads = attend(queries, keys, values, visible)
         output: Tensor = self.output(rearrange(heads, "b h s d -> b s (h d)"))
         return output
+
+
+def attend(
+    queries: Float[Tensor, "B H S d"],
+    keys: Float[Tensor, "B H_kv L d"],
+    values: Float[Tensor, "B H_kv L d"],
+    visible: Bool[Tensor, "B 1 S L"] | None,
+) -> Float[Tensor, "B H S d"]:
+    """softmax(Q Kᵀ / √d) V over the ``visible`` keys (None: up to the query), each key head for H / H_kv heads."""
+    if short_attention.pays(queries, keys, causal=visible is None):
+        return short_attention.short_attention(queries, keys, values)
+    return F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=visible,
+        is_causal=visible is None,
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )
 
 
 def _normalise(norm: nn.Module, x: Tensor) -> Tensor:
