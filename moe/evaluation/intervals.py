@@ -69,7 +69,7 @@ def over_documents(
         return Estimate(value, math.nan)
     if variance == 0:
         return Estimate(value, 0.0)
-    freedom = variance**2 / sum(v**2 / n for v, n in zip(variances, degrees, strict=True))
+    freedom = 1 / sum((v / variance) ** 2 / n for v, n in zip(variances, degrees, strict=True))
     return Estimate(value, t_quantile(freedom) * math.sqrt(variance))
 
 
