@@ -158,14 +158,15 @@ def _describe_type(hint: Any) -> tuple[str, tuple[str, ...], bool]:
 
 
 def _field_docstrings() -> dict[tuple[str, str], str]:
-    """The string under each field of moe/config.py, by class and field; Python keeps none, so the source is read."""
+    """The string under each setting, by class and field; Python keeps none, so the source is read."""
     found = {}
-    for node in ast.parse(inspect.getsource(moe.config)).body:
-        if isinstance(node, ast.ClassDef):
-            for statement, following in zip(node.body, node.body[1:], strict=False):
-                match statement, following:
-                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(meaning))):
-                        found[node.name, name] = " ".join(meaning.split())
+    for section in sections().values():
+        [node] = ast.parse(inspect.getsource(section)).body
+        assert isinstance(node, ast.ClassDef)
+        for statement, following in zip(node.body, node.body[1:], strict=False):
+            match statement, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(meaning))):
+                    found[node.name, name] = " ".join(meaning.split())
     return found
 
 

@@ -4,6 +4,7 @@ GPU, Triton's interpreter, which runs the kernels on tensors of a CPU.
 Triton reads TRITON_INTERPRET when it is imported, which torch may do at any time: so it is set here, before all.
 """
 
+import ast
 import dataclasses
 import os
 from typing import Any
@@ -87,6 +88,22 @@ if os.environ.get("TRITON_INTERPRET") == "1" and _interpreter_is_known():
     _let_interpreted_loops_run()
     _let_interpreted_bfloat16_be_right()
     _let_the_interpreter_hurry()
+
+
+def _leave_kernels_unchecked() -> None:
+    """Keep ``--jaxtyping-packages`` from wrapping what Triton compiles: it reads a kernel's source, not its wrapper."""
+    from jaxtyping._import_hook import JaxtypingTransformer
+
+    check = JaxtypingTransformer.visit_FunctionDef
+
+    def check_unless_compiled(transformer: Any, function: ast.FunctionDef) -> ast.FunctionDef:
+        is_kernel = any(".jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+        return function if is_kernel else check(transformer, function)
+
+    JaxtypingTransformer.visit_FunctionDef = check_unless_compiled
+
+
+_leave_kernels_unchecked()
 
 
 @pytest.fixture(

@@ -1,4 +1,4 @@
-"""Every check of moe/config.py refuses what it should and names the setting; derived numbers are worked out by hand."""
+"""Every check of moe/config refuses what it should and names the setting; derived numbers are worked out by hand."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +15,10 @@ from moe.config import (
     DataConfig,
     ExpertsConfig,
     FeedForwardConfig,
+    LatentConfig,
     ModelConfig,
     OptimizerConfig,
+    RopeConfig,
     RouterConfig,
     RunConfig,
     ScheduleConfig,
@@ -33,7 +35,14 @@ def model(router: dict[str, Any] | None = None, **sections: Any) -> ModelConfig:
     )
 
 
+def attending(positions: Any = "rotary", **settings: Any) -> ModelConfig:
+    """A model whose attention has these settings."""
+    return ModelConfig(attention=AttentionConfig(**settings), positions=positions)
+
+
 GROUPS = {"selection": "group_limited", "n_groups": 4, "top_groups": 2}
+YARN = {"scaling": "yarn", "factor": 4.0}
+LLAMA3 = {"scaling": "llama3", "factor": 8.0}
 HASH = {"selection": "hash", "weights": "equal"}
 RELU = {"score": "relu", "normalise": False}
 
@@ -43,8 +52,37 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("n_kv_heads", "at least 1", lambda: AttentionConfig(n_kv_heads=0)),
     ("n_kv_heads", "does not divide n_heads = 6", lambda: AttentionConfig(n_heads=6, n_kv_heads=4)),
     ("n_kv_heads", "does not divide n_heads = 6", lambda: AttentionConfig(n_heads=6, n_kv_heads=12)),
-    ("head_dim", "even", lambda: AttentionConfig(head_dim=33)),
     ("rope_theta", "at least 1", lambda: AttentionConfig(rope_theta=0.5)),
+    # ---- attention and positions
+    ("clip", "positive", lambda: AttentionConfig(clip=0.0)),
+    ("window", "at least 1", lambda: AttentionConfig(window=0)),
+    ("full_every", "window is null", lambda: AttentionConfig(full_every=2)),
+    ("first_full", "window is null", lambda: AttentionConfig(first_full=1)),
+    ("fraction", "positions to none", lambda: RopeConfig(fraction=0.0)),
+    ("factor", "scaling is none", lambda: RopeConfig(factor=4.0)),
+    ("factor", "does nothing", lambda: RopeConfig(scaling="linear")),
+    ("original_max_seq", "only with scaling yarn or llama3", lambda: RopeConfig(original_max_seq=4096)),
+    ("truncate", "scaling is linear", lambda: RopeConfig(scaling="linear", factor=2.0, truncate=False)),
+    ("mscale", "scaling is llama3", lambda: RopeConfig(scaling="llama3", factor=8.0, mscale=1.0)),
+    ("attention_factor", "say it again", lambda: RopeConfig(**YARN, attention_factor=1.2, mscale=1.0)),
+    ("beta_fast", "above beta_slow", lambda: RopeConfig(**YARN, beta_fast=1.0)),
+    ("high_freq_factor", "above low_freq_factor", lambda: RopeConfig(**LLAMA3, high_freq_factor=1.0)),
+    ("query_rank", "nothing latent", lambda: LatentConfig(query_rank=64)),
+    ("rotary_dim", "pairs", lambda: LatentConfig(rank=64, rotary_dim=15)),
+    *(
+        (key, "no such thing", partial(AttentionConfig, latent=LatentConfig(rank=64), **{key: value}))
+        for key, value in {"n_kv_heads": 1, "qk_norm": "head", "clip": 8.0, "sinks": True, "window": 16}.items()
+    ),
+    (
+        "rope.fraction",
+        "rotary_dim",
+        lambda: AttentionConfig(rope=RopeConfig(fraction=0.5), latent=LatentConfig(rank=64)),
+    ),
+    ("attention.head_dim", "33 dimensions", lambda: attending(head_dim=33)),
+    ("attention.rope.fraction", "15 dimensions", lambda: attending(head_dim=30, rope=RopeConfig(fraction=0.5))),
+    ("attention.rope", "nothing turns", lambda: attending(rope=RopeConfig(fraction=0.5), positions="learned")),
+    ("positions", "dimensions that turn", lambda: attending(latent=LatentConfig(rank=64), positions="none")),
+    ("norm_bias", "rmsnorm has none", lambda: ModelConfig(norm_bias=False)),
     ("d_ff", "at least 1", lambda: FeedForwardConfig(d_ff=0)),
     ("n_experts", "at least 1", lambda: ExpertsConfig(n_experts=0)),
     ("every", "at least 1", lambda: ExpertsConfig(every=0)),
@@ -372,3 +410,26 @@ def test_a_setting_that_would_do_nothing_is_refused(settings: dict[str, Any], ke
     with pytest.raises(ConfigError) as caught:
         ModelConfig(n_layers=4, **settings)
     assert caught.value.key == key
+
+
+def test_windows_by_layer() -> None:
+    """GPT-OSS: the odd layers of 0, 1, 2, 3 see all. Qwen's way: the first ones do."""
+    alternating = AttentionConfig(window=128, full_every=2)
+    assert [alternating.window_of(layer) for layer in range(4)] == [128, None, 128, None]
+    later = AttentionConfig(window=128, first_full=3)
+    assert [later.window_of(layer) for layer in range(4)] == [None, None, None, 128]
+    assert [AttentionConfig(window=7).window_of(layer) for layer in range(2)] == [7, 7]
+    assert AttentionConfig().window_of(0) is None
+
+
+def test_widths_of_attention() -> None:
+    """DeepSeek-V3: queries of 128 + 64, values of 128, and 512 + 64 numbers a token in the cache."""
+    latent = AttentionConfig(n_heads=128, head_dim=128, latent=LatentConfig(rank=512, query_rank=1536, rotary_dim=64))
+    assert (latent.query_dim, latent.value_dim, latent.rotated_dim, latent.cached) == (192, 128, 64, (1, 64, 512))
+    grouped = AttentionConfig(n_heads=32, n_kv_heads=8, head_dim=128, rope=RopeConfig(fraction=0.5))
+    assert (grouped.query_dim, grouped.value_dim, grouped.rotated_dim, grouped.cached) == (128, 128, 64, (8, 128, 128))
+
+
+def test_the_bias_of_the_output_follows_the_others_unless_it_is_set() -> None:
+    assert [AttentionConfig(bias=bias).has_output_bias for bias in (False, True)] == [False, True]
+    assert not AttentionConfig(bias=True, output_bias=False).has_output_bias

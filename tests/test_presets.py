@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import moe.config
+import moe.config.presets
 from moe.config import Config, ConfigError, ExpertsConfig, ModelConfig, Preset, RouterConfig
 from moe.config_file import dump, parse, settings
 from moe.errors import UserError
@@ -318,7 +318,7 @@ def test_a_router_cannot_bear_the_name_of_a_preset_that_it_is_not() -> None:
 
 
 def test_where_nothing_knows_the_presets_their_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe.config, "_definition", None)  # as before moe.presets is imported
+    monkeypatch.setattr(moe.config.presets, "_definition", None)  # as before moe.presets is imported
     with pytest.raises(ConfigError, match=r"preset: is switch, but .* use moe\.presets\.model_config"):
         RouterConfig(preset="switch", top_k=1, normalise=False)
 

@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "B S D"],
         rotation: tuple[Tensor, Tensor],
-        visible: Bool[Tensor, "B 1 S L"] | None,
+        visible: Bool[Tensor, "#B 1 S L"] | None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B S D"]:
         """Attend to the tokens before; ``visible`` says which of L keys a query may see, None: plainly causal."""
@@ -59,7 +59,7 @@ def attend(
     queries: Float[Tensor, "B H S d"],
     keys: Float[Tensor, "B H_kv L d"],
     values: Float[Tensor, "B H_kv L d"],
-    visible: Bool[Tensor, "B 1 S L"] | None,
+    visible: Bool[Tensor, "#B 1 S L"] | None,
 ) -> Float[Tensor, "B H S d"]:
     """softmax(Q Kᵀ / √d) V over the ``visible`` keys (None: up to the query), each key head for H / H_kv heads."""
     if short_attention.pays(queries, keys, causal=visible is None):

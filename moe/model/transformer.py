@@ -95,7 +95,7 @@ class Transformer(nn.Module):
 
     def _positions_and_visibility(
         self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None, cache: KVCache | None
-    ) -> tuple[Int[Tensor, "#B S"], Bool[Tensor, "B 1 S L"] | None]:
+    ) -> tuple[Int[Tensor, "#B S"], Bool[Tensor, "#B 1 S L"] | None]:
         length = tokens.shape[1] + (cache.length if cache is not None else 0)
         if length > self.config.max_seq:
             raise ValueError(f"a sequence of {length} tokens is longer than model.max_seq = {self.config.max_seq}")
@@ -119,7 +119,7 @@ class Batch(NamedTuple):
     positions: Int[Tensor, "#B S"]
     rotation: tuple[Tensor, Tensor]
     """of queries and keys at these positions"""
-    visible: Bool[Tensor, "B 1 S L"] | None
+    visible: Bool[Tensor, "#B 1 S L"] | None
     """the keys that a query may see; None: plainly causal"""
 
 

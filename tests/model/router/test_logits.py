@@ -242,7 +242,7 @@ def test_three_slices_are_a_float32() -> None:
         assert torch.equal(sum(part.double() for part in slices), x.double())
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_product_in_slices_is_a_float32_product_with_its_gradients(compiled: bool) -> None:
     """Hidden states and their gradient in bfloat16; logits and the router's gradient as near to float64 as float32.
     Compiled, too: a compiler that drops casts would leave slices without what they are for."""
