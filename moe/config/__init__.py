@@ -19,6 +19,7 @@ from moe.config.experts import (
     SpecialExpertsConfig,
 )
 from moe.config.model import ModelConfig, NormKind, Positions
+from moe.config.parameters import ActiveConvention, Parameters
 from moe.config.presets import Definition, Preset, learn_presets
 from moe.config.router import (
     ACTS_WITH,
@@ -54,6 +55,7 @@ from moe.config.training import (
 __all__ = [
     "ACTS_WITH",
     "Activation",
+    "ActiveConvention",
     "AttentionConfig",
     "BalanceConfig",
     "BalanceScope",
@@ -78,6 +80,7 @@ __all__ = [
     "NormKind",
     "OptimizerConfig",
     "OptimizerName",
+    "Parameters",
     "Positions",
     "Precision",
     "Preset",

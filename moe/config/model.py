@@ -7,6 +7,7 @@ from moe.config.attention import AttentionConfig, RopeConfig
 from moe.config.balance import BalanceConfig
 from moe.config.checks import at_least, in_unit_interval, require
 from moe.config.experts import ExpertsConfig, FeedForwardConfig, SharedExpertsConfig, SpecialExpertsConfig
+from moe.config.parameters import ActiveConvention, Parameters, count_parameters
 from moe.config.presets import require_what_the_name_means
 from moe.config.router import RouterConfig
 
@@ -236,3 +237,15 @@ class ModelConfig:
     def moe_layers(self) -> list[int]:
         """The blocks that route; none in the dense twin."""
         return [] if self.dense_twin else [layer for layer in range(self.n_layers) if self.is_moe_layer(layer)]
+
+    def parameters(self) -> Parameters:
+        """The parameters by what they belong to. Raises ConfigError without a vocabulary size."""
+        return count_parameters(self)
+
+    def num_params(self) -> int:
+        """All parameters; a tied embedding counts once."""
+        return self.parameters().total
+
+    def num_active_params(self, convention: ActiveConvention = "all") -> int:
+        """Parameters that one token uses, with or without the input embedding and the head."""
+        return self.parameters().active(convention)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe.config import Checkpointing, ModelConfig, require
+from moe.config import ActiveConvention, Checkpointing, ModelConfig, require
 from moe.model.attention import Attention, rotation_of, visible_keys
 from moe.model.cache import KVCache
 from moe.model.feed_forward import FeedForward
@@ -77,21 +77,11 @@ class Transformer(nn.Module):
 
     def num_params(self) -> int:
         """All parameters; a tied embedding counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return self.config.num_params()
 
-    def num_active_params(self) -> int:
-        """Parameters that one token uses, embedding and head included: of E routed experts, K.
-
-        Where the number varies from token to token, K is what it is steered to. A special expert counts as an MLP, as
-        far as there are MLPs.
-        """
-        unused = 0
-        for module in self.modules():
-            if isinstance(module, MoELayer):
-                routed = sum(parameter.numel() for parameter in module.experts.parameters())
-                n_experts = self.config.experts.n_experts
-                unused += routed // n_experts * (n_experts - self.config.mlps_per_token)
-        return self.num_params() - unused
+    def num_active_params(self, convention: ActiveConvention = "all") -> int:
+        """Parameters that one token uses: of E routed experts, K (:func:`moe.config.parameters.count_parameters`)."""
+        return self.config.num_active_params(convention)
 
     def _positions_and_visibility(
         self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None, cache: KVCache | None
