@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.inference.sampling import Sampling, keep_likely, sample
+from moe.inference.sampling import Sampling, distribution, draw, keep_likely, penalise_repetition, sample
 
 # Probabilities 1/8, 1/2, 1/8, 1/4.
 FOUR = torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log()
@@ -70,6 +70,58 @@ def test_rows_are_filtered_each_on_its_own() -> None:
 
 
 @pytest.mark.parametrize(
+    ("min_p", "tokens"), [(0.0, [0, 1, 2, 3]), (0.24, [0, 1, 2, 3]), (0.26, [1, 3]), (0.51, [1]), (1.0, [1])]
+)
+def test_min_p_is_a_share_of_the_most_likely(min_p: float, tokens: list[int]) -> None:
+    """The most likely has 1/2; the others have a quarter and a half of that."""
+    assert kept(FOUR, min_p=min_p) == [tokens]
+
+
+def test_repetition_divides_what_is_positive_and_multiplies_what_is_not() -> None:
+    """Token 0 twice and token 2 once are held: 4 / 2 and -3 · 2; tokens 1 and 3 are new."""
+    logits = torch.tensor([[4.0, 3.0, -3.0, -1.0], [1.0, 1.0, 1.0, 1.0]])
+
+    assert penalise_repetition(logits, 2.0, [[0, 0, 2], []]).tolist() == [[2.0, 3.0, -6.0, -1.0], [1.0] * 4]
+    assert penalise_repetition(logits, 1.0, [[0], [1]]) is logits
+
+
+def test_greedy_minds_repetition_too() -> None:
+    logits = torch.tensor([[4.0, 3.0, 0.0, 0.0]])
+    penalised = Sampling(temperature=0.0, repetition_penalty=2.0)
+
+    assert sample(logits, penalised, seeded(0), [[0]]).tolist() == [1]
+    assert sample(logits, penalised, seeded(0), [[3]]).tolist() == [0]
+
+
+def test_the_distribution_of_a_greedy_row_is_certain() -> None:
+    assert distribution(FOUR, Sampling(temperature=0.0)).tolist() == [[0, 1, 0, 0]]
+
+
+def test_the_distribution_after_all_filters() -> None:
+    """Penalised by 2, log 1/2 becomes log 1/4: then 1, 2, 1, 2 of 6. Of the two likeliest, each has a half."""
+    settings = Sampling(repetition_penalty=2.0, top_k=2)
+
+    assert distribution(FOUR, settings, [[1]])[0].tolist() == pytest.approx([0, 0.5, 0, 0.5])
+
+
+def test_a_draw_is_where_the_running_sum_exceeds_its_number() -> None:
+    """Of weights 0, 1, 0, 3: below a quarter token 1, from there on token 3, and never one without weight."""
+    number = [float(torch.rand(1, dtype=torch.float64, generator=own)) for own in seeded(*range(50))]
+
+    drawn = draw(torch.tensor([[0.0, 1.0, 0.0, 3.0]]).expand(50, 4), seeded(*range(50)))
+
+    assert drawn.tolist() == [1 if u < 0.25 else 3 for u in number]
+    assert {1, 3} == set(drawn.tolist())
+
+
+def test_the_largest_number_still_draws_a_token_with_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([1 - 2.0**-53], dtype=torch.float64))
+
+    for total in (0.1, 1.0, 3.0):
+        assert draw(torch.tensor([[total, 0.0]]), seeded(0)).tolist() == [0]
+
+
+@pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({}, [0.125, 0.5, 0.125, 0.25]),
@@ -80,6 +132,7 @@ def test_rows_are_filtered_each_on_its_own() -> None:
         ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3]),
         ({"top_p": 0.51}, [0, 2 / 3, 0, 1 / 3]),
         ({"top_k": 1}, [0, 1, 0, 0]),
+        ({"min_p": 0.3}, [0, 2 / 3, 0, 1 / 3]),
     ],
 )
 def test_frequencies_over_4000_draws(settings: dict[str, object], expected: list[float]) -> None:
@@ -117,6 +170,10 @@ def test_what_a_row_draws_does_not_depend_on_the_other_rows() -> None:
         ({"top_k": 0}, "top_k is 0, and must be at least 1"),
         ({"top_p": 0.0}, "top_p is 0.0, and must"),
         ({"top_p": 1.5}, "top_p is 1.5, and must"),
+        ({"min_p": -0.1}, "min_p is -0.1, and must"),
+        ({"min_p": 1.1}, "min_p is 1.1, and must"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, and must"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf, and must"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
