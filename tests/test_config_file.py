@@ -194,8 +194,8 @@ def test_a_file_in_another_encoding(tmp_path: Path) -> None:
     [
         ("", "toy.yaml: is empty; write {} to take every default"),
         ("# only a comment\n", "toy.yaml: is empty; write {} to take every default"),
-        ("3", "toy.yaml:1: must hold sections (model, data, training, run), not 3"),
-        ("\n- model", "toy.yaml:2: must hold sections (model, data, training, run), not a list"),
+        ("3", "toy.yaml:1: must hold sections (model, data, training, parallel, run), not 3"),
+        ("\n- model", "toy.yaml:2: must hold sections (model, data, training, parallel, run), not a list"),
         ("model:\n\tn_layers: 3", "toy.yaml:2: a tab stands where YAML wants spaces"),
         ("model: 3\n\x07", "toy.yaml:2: is not valid YAML (the character 0x7)"),
     ],
@@ -233,14 +233,14 @@ def test_what_is_no_yaml(text: str, place: str) -> None:
         ("model: {N-Layers: 3}", "toy.yaml:1: model.N-Layers is unknown; did you mean model.n_layers?"),
         ("model: {top_k: 3}", "toy.yaml:1: model.top_k is unknown; top_k belongs to model.router"),
         ("router: {top_k: 3}", "toy.yaml:1: router is unknown; router belongs to model"),
-        ("model: {data: {}}", "toy.yaml:1: model.data is unknown; data belongs to the top level"),
+        ("model: {training: {}}", "toy.yaml:1: model.training is unknown; training belongs to the top level"),
         (
             "model: {d_ff: 3}",
             "toy.yaml:1: model.d_ff is unknown; d_ff belongs to model.feed_forward, model.experts or model.shared",
         ),
         ("training: {n_layer: 3}", "toy.yaml:1: training.n_layer is unknown; did you mean model.n_layers?"),
         ("run: {gumbel: 3}", "toy.yaml:1: run.gumbel is unknown; run has name, folder"),
-        ("3: 4", "toy.yaml:1: 3 is unknown; the top level has model, data, training, run"),
+        ("3: 4", "toy.yaml:1: 3 is unknown; the top level has model, data, training, parallel, run"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_one_that_may_be_meant(text: str, answer: str) -> None:

@@ -19,6 +19,7 @@ from moe.config.experts import (
     SpecialExpertsConfig,
 )
 from moe.config.model import ModelConfig, NormKind, Positions
+from moe.config.parallel import ParallelConfig, PipelineSchedule, Shard, format_layout, parse_layout
 from moe.config.parameters import ActiveConvention, Parameters
 from moe.config.presets import Definition, Preset, learn_presets
 from moe.config.router import (
@@ -80,7 +81,9 @@ __all__ = [
     "NormKind",
     "OptimizerConfig",
     "OptimizerName",
+    "ParallelConfig",
     "Parameters",
+    "PipelineSchedule",
     "Positions",
     "Precision",
     "Preset",
@@ -96,6 +99,7 @@ __all__ = [
     "Score",
     "Selection",
     "SelectionBias",
+    "Shard",
     "SharedExpertsConfig",
     "SpecialExpertsConfig",
     "StepSize",
@@ -103,7 +107,9 @@ __all__ = [
     "WeightDtype",
     "WeightPosition",
     "WeightSource",
+    "format_layout",
     "learn_presets",
+    "parse_layout",
     "require",
     "shown",
 ]
