@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe.config import ModelConfig
 from moe.model import short_attention
-from moe.model.cache import KVCache
+from moe.model.cache import Cache
 
 
 class Attention(nn.Module):
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "B S D"],
         rotation: tuple[Tensor, Tensor],
         visible: Bool[Tensor, "#B 1 S L"] | None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "B S D"]:
         """Attend to the tokens before; ``visible`` says which of L keys a query may see, None: plainly causal."""
         queries, keys, values = self.query(x), self.key(x), self.value(x)

@@ -1,10 +1,28 @@
 """Keys and values of the tokens read so far, so that decoding reads each token once."""
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe.config import ModelConfig
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """What attention needs of a cache, wherever that keeps its keys and values."""
+
+    length: int
+    """columns before those that the next tokens get"""
+
+    def extend(self, n_tokens: int, real: Bool[Tensor, "B S"] | None = None) -> Bool[Tensor, "B L"] | None:
+        """Make room for S = ``n_tokens`` more and return which of all L columns are real; None: all."""
+
+    def store(
+        self, layer: int, keys: Float[Tensor, "B H S k"], values: Float[Tensor, "B H S v"]
+    ) -> tuple[Float[Tensor, "B H L k"], Float[Tensor, "B H L v"]]:
+        """Write the newest S keys and values of a layer, and return those of all columns that it needs."""
 
 
 class KVCache:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe.config import ActiveConvention, Checkpointing, ModelConfig, require
 from moe.model.attention import Attention, rotation_of, visible_keys
-from moe.model.cache import KVCache
+from moe.model.cache import Cache
 from moe.model.feed_forward import FeedForward
 from moe.model.initialise import initialise
 from moe.model.moe_layer import MoELayer
@@ -44,7 +44,7 @@ class Transformer(nn.Module):
         initialise(self, config.init_std, config.n_layers, seed)
 
     def forward(
-        self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None = None, cache: KVCache | None = None
+        self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None = None, cache: Cache | None = None
     ) -> tuple[Float[Tensor, "B S V"], list[Routing]]:
         """Return next-token logits and one :class:`Routing` for each mixture layer, first layer first.
 
@@ -56,7 +56,7 @@ class Transformer(nn.Module):
         return self.head(hidden), routings
 
     def hidden(
-        self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None = None, cache: KVCache | None = None
+        self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None = None, cache: Cache | None = None
     ) -> tuple[Float[Tensor, "B S D"], list[Routing]]:
         """:meth:`forward` without the head: what the head multiplies, for a loss that never holds all logits."""
         positions, visible = self._positions_and_visibility(tokens, mask, cache)
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
         return self.config.num_active_params(convention)
 
     def _positions_and_visibility(
-        self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None, cache: KVCache | None
+        self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None, cache: Cache | None
     ) -> tuple[Int[Tensor, "#B S"], Bool[Tensor, "#B 1 S L"] | None]:
         length = tokens.shape[1] + (cache.length if cache is not None else 0)
         if length > self.config.max_seq:
@@ -133,7 +133,7 @@ class Block(nn.Module):
         x: Float[Tensor, "B S D"],
         batch: Batch,
         previous_logits: Float[Tensor, "T E"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         recompute: Checkpointing = "none",
     ) -> tuple[Float[Tensor, "B S D"], Routing | None]:
         """Return the new residual stream, and the routing where the feed-forward is a mixture.
@@ -162,7 +162,7 @@ class Block(nn.Module):
             y, routing = self.feed_forward(normed), None
         return x + self.dropout(y), routing
 
-    def _attend(self, x: Float[Tensor, "B S D"], batch: Batch, cache: KVCache | None = None) -> Float[Tensor, "B S D"]:
+    def _attend(self, x: Float[Tensor, "B S D"], batch: Batch, cache: Cache | None = None) -> Float[Tensor, "B S D"]:
         attended: Tensor = self.attention(normalise(self.attention_norm, x), batch.rotation, batch.visible, cache)
         return attended
 
