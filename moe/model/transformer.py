@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, T = B·S tokens, D model width, F expert hidden wid
 N = T·K assignments, H heads, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,13 +60,30 @@ class Transformer(nn.Module):
         self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None = None, cache: Cache | None = None
     ) -> tuple[Float[Tensor, "B S D"], list[Routing]]:
         """:meth:`forward` without the head: what the head multiplies, for a loss that never holds all logits."""
+        return self.part(tokens, mask, cache)
+
+    def part(
+        self,
+        tokens: Int[Tensor, "B S"],
+        mask: Bool[Tensor, "B S"] | None = None,
+        cache: Cache | None = None,
+        *,
+        x: Float[Tensor, "B S D"] | None = None,
+        blocks: Sequence["Block"] | None = None,
+        to_end: bool = True,
+    ) -> tuple[Float[Tensor, "B S D"], list[Routing]]:
+        """Some of :meth:`hidden`, the rest being elsewhere: the ``blocks`` (None: all), and with ``to_end`` the norm.
+
+        It begins with the residual stream ``x`` that the blocks before left (None: with the embedding), and returns its
+        own.
+        """
         positions, visible = self._positions_and_visibility(tokens, mask, cache)
         rotation = rotation_of(positions, self.config.attention.head_dim, self.config.attention.rope_theta)
         batch = Batch(tokens, mask, positions, rotation, visible)
-        x = self.dropout(self.embedding(tokens))
+        x = self.dropout(self.embedding(tokens)) if x is None else x
         routings: list[Routing] = []
         recompute: Checkpointing = self.activation_checkpointing if self.training and cache is None else "none"
-        for block in self.blocks:
+        for block in self.blocks if blocks is None else blocks:
             previous_logits = routings[-1].logits if routings and self.config.router.residual else None
             if recompute == "block":
                 x, routing = checkpoint(block, x, batch, previous_logits, use_reentrant=False)
@@ -73,7 +91,7 @@ class Transformer(nn.Module):
                 x, routing = block(x, batch, previous_logits, cache, recompute)
             if routing is not None:
                 routings.append(routing)
-        return normalise(self.norm, x), routings
+        return normalise(self.norm, x) if to_end else x, routings
 
     def num_params(self) -> int:
         """All parameters; a tied embedding counts once."""
