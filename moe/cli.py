@@ -207,6 +207,13 @@ def export_command(arguments: Sequence[str]) -> int:
     return export(arguments)
 
 
+def plan_command(arguments: Sequence[str]) -> int:
+    """``python -m moe plan CONFIG`` (:mod:`moe.planner.command`)."""
+    from moe.planner.command import plan_command as plan
+
+    return plan(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "generate": (generate_command, "continue a text with the model of a run"),
     "check-router": (check_router_command, "does a router see later tokens, or other sequences?"),
@@ -215,6 +222,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "import": (import_command, "a checkpoint of transformers as a run folder, its MLPs made into experts if you like"),
     "export": (export_command, "a run as a folder for transformers, or as a file for llama.cpp"),
     "evaluate": (evaluate_command, "how good is it? held-out text with intervals; a score card of tasks"),
+    "plan": (plan_command, "what would it cost? parameters, memory, days, dollars, layouts; to train and to serve"),
     "bench": (bench_command, "how fast, beside other implementations? a table, numbers and a picture"),
 }
 
