@@ -230,7 +230,7 @@ def test_help_names_the_commands(command: Command, arguments: list[str]) -> None
     assert (status, errors) == (0, "")
     title, blank, *lines = output.splitlines()
     assert (title, blank) == ("python -m moe COMMAND [--help]", "")
-    commands = ["generate", "check-router", "presets", "study", "import", "export", "evaluate", "bench"]
+    commands = ["generate", "check-router", "presets", "study", "import", "export", "evaluate", "plan", "bench"]
     assert [line.split()[0] for line in lines] == commands
     assert all(len(line.split()) > 3 for line in lines)
 
