@@ -1,0 +1,1 @@
+"""The processes that train together: their groups, what each has of the model, and what they tell each other."""

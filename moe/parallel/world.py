@@ -7,17 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe.parallel.gradients import add_over, gradient_of
+
 
 class World:
-    """This process among its peers: alone, or one of ``torch.distributed``'s default group.
+    """This process among its peers: alone, or one of a group of ``torch.distributed``, by default of all."""
 
-    Data parallel is all it knows: every rank holds the whole model and a slice of each batch.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         together = dist.is_available() and dist.is_initialized()
-        self.rank: int = dist.get_rank() if together else 0
-        self.size: int = dist.get_world_size() if together else 1
+        self.group = group
+        self.rank: int = dist.get_rank(group) if together else 0
+        self.size: int = dist.get_world_size(group) if together else 1
         self.device = torch.device("cuda") if together and dist.get_backend() == "nccl" else torch.device("cpu")
 
     @property
@@ -30,7 +30,7 @@ class World:
         if self.size == 1:
             return tensor
         total = tensor.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total
 
     def average_gradients(self, model: nn.Module) -> None:
@@ -41,23 +41,22 @@ class World:
         """
         if self.size == 1:
             return
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        for parameters in by_dtype.values():
-            flat = torch.cat([_gradient(parameter).flatten() for parameter in parameters])
-            dist.all_reduce(flat)
-            flat /= self.size
-            start = 0
-            for parameter in parameters:
-                parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
-                start += parameter.numel()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = gradient_of(parameter, parameter)
+        add_over(self.group or dist.group.WORLD, trained, 1 / self.size)
+
+    @classmethod
+    def alone(cls) -> "World":
+        """A world of this process."""
+        world = cls()
+        world.rank, world.size = 0, 1
+        return world
 
     def wait(self) -> None:
         """Return once every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
 
 def join_world(device: torch.device) -> World:
@@ -84,7 +83,3 @@ def leave_world() -> None:
     """Leave the group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

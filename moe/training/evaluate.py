@@ -13,7 +13,7 @@ from moe.data.batches import validation_batches
 from moe.data.prepare import PreparedCorpus
 from moe.model.routing import LoadSummary, Routing, summarise_layers
 from moe.model.transformer import Transformer
-from moe.training.head_loss import token_losses
+from moe.training.head_loss import model_token_losses
 from moe.training.machine import autocast
 
 ROWS = 32
@@ -106,7 +106,7 @@ def validate(
                 # Blocks that are compiled for the batches of training would be compiled again for these.
                 with autocast(device, precision), torch.compiler.set_stance("force_eager"):
                     hidden, routings = model.hidden(batch.tokens.to(device))
-                    losses = token_losses(hidden, model.head.weight, batch.targets.to(device))
+                    losses = model_token_losses(model, hidden, batch.targets.to(device))
                 nats += losses.double().masked_fill(~batch.scored.to(device), 0.0).sum()
                 tokens += int(batch.scored.sum())
                 if routings:

@@ -14,6 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe.model.experts.weights import compute_dtype
+from moe.model.transformer import Transformer
+from moe.parallel.spread import spread_of
+from moe.parallel.vocabulary import divided_head_loss, divided_token_losses
 from moe.training.gpu import triton_is_installed
 
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
@@ -36,6 +39,24 @@ def head_loss(
         hidden.flatten(0, 1), weight, targets.flatten(), share.flatten(), compute_dtype(hidden)
     )
     return loss
+
+
+def model_loss(model: Transformer, hidden: Float[Tensor, "B s D"], targets: Int[Tensor, "B S"]) -> Float[Tensor, ""]:
+    """:func:`head_loss` under the model's own head, of which this process may have a part, as of the sequence."""
+    spread = spread_of(model)
+    if spread is None or spread.tensor_group is None:
+        return head_loss(hidden, model.head.weight, targets)
+    return divided_head_loss(hidden, model.head.weight, targets, spread.tensor_group)
+
+
+def model_token_losses(
+    model: Transformer, hidden: Float[Tensor, "B s D"], targets: Int[Tensor, "B S"]
+) -> Float[Tensor, "B S"]:
+    """:func:`token_losses` likewise."""
+    spread = spread_of(model)
+    if spread is None or spread.tensor_group is None:
+        return token_losses(hidden, model.head.weight, targets)
+    return divided_token_losses(hidden, model.head.weight, targets, spread.tensor_group)
 
 
 def token_losses(

@@ -1,6 +1,6 @@
 """AdamW, alone or beside Muon, with parameter groups that are decided, and checked, by name."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,17 +20,21 @@ ROUTER = tuple(f".router.{name}" for name in ("weight", "inner_weight", "noise_w
 ROUTER += (".special.mixing",)  # decides, token by token, what a constant expert returns: a gate like the router
 
 
-def build_optimizer(model: Transformer, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: Transformer, config: OptimizerConfig, parameters: Mapping[str, nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
     """The configured optimizer over the groups ``decay`` and ``no_decay``, for Muon also ``matrices`` and ``gated``.
 
     AdamW is Loshchilov & Hutter 2019, algorithm 2: torch's fused form, or where weights are bfloat16 our own, which
     rounds by chance (:mod:`.adamw`). Muon takes the matrices of attention, MLPs and experts; embedding, head, gates and
-    routers stay with AdamW. All take ``found_inf`` (:class:`~moe.training.step.TrainingStep`).
+    routers stay with AdamW. All take ``found_inf`` (:class:`~moe.training.step.TrainingStep`). ``parameters`` by name
+    are what is here of the model's (None: all of them).
 
     An expert without tokens has a zero gradient, not none: its moments fade and its weights still decay, as those of
     any weight whose gradient happens to be zero.
     """
-    groups = parameter_groups(model, config.decay_router)
+    parameters = dict(model.named_parameters()) if parameters is None else parameters
+    groups = parameter_groups(parameters, config.decay_router)
     moments: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.name == "muon":
         return MixedOptimizer(_groups_with_muon(model, groups, config, moments))
@@ -38,7 +42,7 @@ def build_optimizer(model: Transformer, config: OptimizerConfig) -> torch.optim.
         {"params": list(groups["decay"].values()), "weight_decay": config.weight_decay, "name": "decay"},
         {"params": list(groups["no_decay"].values()), "weight_decay": 0.0, "name": "no_decay"},
     ]
-    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+    if any(parameter.dtype == torch.bfloat16 for parameter in parameters.values()):
         return MixedOptimizer([group | moments for group in adamw])
     return torch.optim.AdamW(adamw, **moments, fused=True)
 
@@ -85,7 +89,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("relative_lr", 1.0)
 
 
-def parameter_groups(model: nn.Module, decay_router: bool) -> dict[str, dict[str, nn.Parameter]]:
+def parameter_groups(parameters: Mapping[str, nn.Parameter], decay_router: bool) -> dict[str, dict[str, nn.Parameter]]:
     """Every parameter's name and tensor under ``decay`` or ``no_decay``.
 
     The number of dimensions is no guide: the stacked biases of the experts have two. Raises ValueError for a parameter
@@ -94,7 +98,7 @@ def parameter_groups(model: nn.Module, decay_router: bool) -> dict[str, dict[str
     decayed = DECAYED + DECAYED_ATTENTION + (ROUTER if decay_router else ())
     spared = NEVER_DECAYED + (() if decay_router else ROUTER)
     groups: dict[str, dict[str, nn.Parameter]] = {"decay": {}, "no_decay": {}}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if name.endswith(spared):
             groups["no_decay"][name] = parameter
         elif name.endswith(decayed):

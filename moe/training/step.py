@@ -19,9 +19,10 @@ from moe.model.router import Router
 from moe.model.router.selection_bias import proportional_update, quantile_update, sign_update
 from moe.model.routing import LoadSummary, summarise_layers
 from moe.model.transformer import Transformer
+from moe.parallel.spread import spread_of
 from moe.parallel.world import World
 from moe.training.gpu import Transfer, preferred_attention, to_device
-from moe.training.head_loss import head_loss
+from moe.training.head_loss import model_loss
 from moe.training.machine import autocast
 from moe.training.objective import StepCounts, compose
 from moe.training.optimizer import clip_gradients, gradient_norm, set_learning_rate
@@ -68,8 +69,9 @@ class Step:
 class TrainingStep:
     """The optimizer steps of ``model``: call it with the micro-batches of each.
 
-    ``optimizer`` holds the model's parameters and must know ``found_inf``, as torch's fused ones do: a tensor that is 1
-    where the step is to change nothing. ``clip`` is the largest norm of the whole gradient (None: no clipping).
+    ``optimizer`` holds the model's parameters (what is here of them, where it is spread over processes) and must know
+    ``found_inf``, as torch's fused ones do: a tensor that is 1 where the step is to change nothing. ``clip`` is the
+    largest norm of the whole gradient (None: no clipping). ``world`` are those who share a batch.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class TrainingStep:
         self.model, self.optimizer = model, optimizer
         self.precision, self.clip = precision, clip
         self.world = World() if world is None else world
+        self.spread = spread_of(model)
         self.routers = routers_of(model)
         self.device = model.embedding.weight.device
 
@@ -106,13 +109,13 @@ class TrainingStep:
         counts = StepCounts(self.world, choices=balance.choices, keep_logits=router.selection_bias == "quantile")
         parts: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, 1):
             if batch.seed is not None:
                 torch.manual_seed(batch.seed)
             tokens, targets = to_device(batch.tokens, self.device), to_device(batch.targets, self.device)
             with autocast(self.device, self.precision), preferred_attention(self.device):
                 hidden, routings = self.model.hidden(tokens)
-                lm = head_loss(hidden, self.model.head.weight, targets)
+                lm = model_loss(self.model, hidden, targets)
             objective = compose(
                 lm,
                 routings,
@@ -122,12 +125,13 @@ class TrainingStep:
                 router_weights=[router.weight for router in self.routers],
                 sparsity_coefficient=sparsity_coefficient,
             )
+            if self.spread is not None:
+                self.spread.begin_backward(last=number == accumulation)
             torch.autograd.backward(objective.total / accumulation)
             total = total + objective.total.detach()
             for name, value in {"lm_loss": objective.lm, **objective.auxiliary}.items():
                 parts[name] = parts.get(name, 0) + value.detach() / accumulation
-        self.world.average_gradients(self.model)
-        norm = gradient_norm(self.model.parameters())
+        norm = self._finish_gradients()
         clip_gradients(self.optimizer, self.clip, norm)
         means = self.world.sum(torch.stack([*parts.values()])) / self.world.size
         total = self.world.sum(total)
@@ -136,7 +140,17 @@ class TrainingStep:
         self.optimizer.step()
         update_selection_biases(self.routers, counts, finite)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.spread is not None:
+            self.spread.forget_gradients()
         return StepInFlight([*parts], means, norm, total, counts, learning_rate)
+
+    def _finish_gradients(self) -> Float[Tensor, ""]:
+        """Make every gradient that of the mean over all ranks' micro-batches, and return the norm of all together."""
+        if self.spread is None:
+            self.world.average_gradients(self.model)
+            return gradient_norm(self.model.parameters())
+        self.spread.finish_gradients()
+        return self.spread.gradient_norm()
 
 
 class StepInFlight:

@@ -58,7 +58,7 @@ NO_DECAY |= {f"{EXPERTS}.b_in", f"{EXPERTS}.b_out"}
 @pytest.mark.parametrize("decay_router", [False, True])
 def test_every_parameter_is_in_the_group_that_its_name_says(decay_router: bool) -> None:
     """The stacked biases of the experts have two dimensions and still do not decay."""
-    groups = parameter_groups(every_option(), decay_router)
+    groups = parameter_groups(dict(every_option().named_parameters()), decay_router)
 
     assert set(groups["decay"]) == DECAY | ({ROUTER} if decay_router else set())
     assert set(groups["no_decay"]) == NO_DECAY | (set() if decay_router else {ROUTER})
@@ -86,7 +86,7 @@ def test_the_matrices_of_a_router_decay_if_it_does_and_its_vectors_never(decay_r
         }
     )
 
-    groups = parameter_groups(nn.ModuleDict({"feed_forward": model}), decay_router)
+    groups = parameter_groups(dict(nn.ModuleDict({"feed_forward": model}).named_parameters()), decay_router)
 
     routing = {f"feed_forward.router.{name}" for name in matrices} | {"feed_forward.special.mixing"}
     never = {f"feed_forward.{name}" for name in ("router.bias", "router.temperature", "special.constant")}
@@ -117,7 +117,7 @@ def test_every_parameter_of_a_router_has_a_rule_and_a_selection_bias_is_no_param
     )
     model = Transformer(config)
 
-    groups = parameter_groups(model, decay_router=True)
+    groups = parameter_groups(dict(model.named_parameters()), decay_router=True)
 
     optimised = sorted(groups["decay"] | groups["no_decay"])
     assert optimised == sorted(path for path, _ in model.named_parameters())
@@ -137,7 +137,7 @@ def test_a_compiled_model_has_the_same_groups() -> None:
     model = every_option()
     model.blocks[1] = torch.compile(model.blocks[1])
 
-    groups = parameter_groups(model, decay_router=False)
+    groups = parameter_groups(dict(model.named_parameters()), decay_router=False)
 
     assert {name.replace("_orig_mod.", "") for name in groups["decay"]} == DECAY
 

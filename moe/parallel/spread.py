@@ -1,0 +1,175 @@
+"""A model that is spread over processes: which part of it is here, and what its gradients still need.
+
+The model computes as ever, on parameters that are parts: cut over the ranks that share experts and over those that
+share matrices (:mod:`.split`), and what is left over data ranks, by FSDP. This is where the parts are accounted for.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from moe.parallel.gradients import add_over, gradient_of
+from moe.parallel.mesh import Mesh
+from moe.parallel.split import Over, Split
+
+ATTRIBUTE = "_spread"
+
+
+@dataclass
+class Spread:
+    """What :func:`~moe.parallel.parallelize.parallelize` made of a model."""
+
+    model: nn.Module
+    mesh: Mesh
+    splits: dict[str, tuple[Split, ...]]
+    """by parameter's name: how it was cut before FSDP, first cut first; not there: it was not"""
+    experts: frozenset[str]
+    """parameters of which there are others on the other ranks of the expert group"""
+    summed: frozenset[str]
+    """parameters whose gradients on the ranks of the tensor group are parts of a sum"""
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    """what is here of each parameter, as a plain tensor in the same memory: what an optimizer is given"""
+
+    def __post_init__(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            self.parameters[name] = (
+                nn.Parameter(parameter.to_local().detach(), parameter.requires_grad)
+                if isinstance(parameter, DTensor)
+                else parameter
+            )
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup | None:
+        """Those that share every matrix."""
+        return self.mesh.tensor_group
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether any parameter is not whole on every rank."""
+        return bool(self.splits) or any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+
+    def begin_backward(self, *, last: bool) -> None:
+        """Say before the backward pass of a micro-batch whether it is the step's last: replicas wait for it."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_all_reduce(last)
+
+    @torch.no_grad()
+    def finish_gradients(self) -> None:
+        """After a step's backward passes: every gradient that of the mean of the data ranks' losses, in ``parameters``.
+
+        FSDP has done its own. What is whole here is averaged over those who have the same; a missing gradient is 0.
+        """
+        whole: dict[str, list[nn.Parameter]] = {"dense": [], "experts": []}
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            here = self.parameters[name]
+            if isinstance(parameter, DTensor):
+                here.grad = gradient_of(parameter, here)
+                if name in self.experts:  # FSDP took the mean over those with the same experts, not over all
+                    here.grad *= 1 / self._expert_ranks
+            else:
+                here.grad = gradient_of(here, here)
+                whole["experts" if name in self.experts else "dense"].append(here)
+        add_over(self.mesh.data_group, whole["dense"], 1 / self.mesh.data_degree)
+        add_over(self.mesh.expert_data_group, whole["experts"], 1 / self.mesh.data_degree)
+        if self.tensor_group is not None:
+            parts = [self.parameters[name] for name in sorted(self.summed) if self.parameters[name].requires_grad]
+            add_over(self.tensor_group, parts, 1.0)
+
+    def forget_gradients(self) -> None:
+        """Let go of all gradients."""
+        for parameter in (*self.model.parameters(), *self.parameters.values()):
+            parameter.grad = None
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """The norm of the whole gradient, the same on every rank: each part of it counts once."""
+        squares: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                squares.setdefault(self._groups_that_cut(name, parameter), []).append(gradient)
+        device = next(iter(self.parameters.values())).device
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        for groups, gradients in squares.items():
+            by_dtype: dict[torch.dtype, list[Tensor]] = {}
+            for gradient in gradients:
+                by_dtype.setdefault(gradient.dtype, []).append(gradient)
+            norms = [norm for same in by_dtype.values() for norm in torch._foreach_norm(same, 2, _sum_dtype(same[0]))]
+            square = torch.stack([norm.to(torch.promote_types(norm.dtype, torch.float32)) for norm in norms]).square()
+            part = square.sum()
+            for group in groups:
+                dist.all_reduce(part, group=group)
+            total = total + part
+        return total.sqrt()
+
+    def whole(self, name: str, part: Tensor | None = None) -> Tensor:
+        """The whole of a parameter, or of a tensor ``part`` that is cut as it is, on every rank; all must ask."""
+        parameter = dict(self.model.named_parameters())[name]
+        here = self.parameters[name].detach() if part is None else part
+        if isinstance(parameter, DTensor):
+            here = DTensor.from_local(
+                here, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+            ).full_tensor()
+        for split in reversed(self.splits.get(name, ())):
+            group = self.group(split.over)
+            parts = [torch.empty_like(here) for _ in range(group.size())]
+            dist.all_gather(parts, here.contiguous(), group=group)
+            here = split.join(parts)
+        return here
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """What belongs here of the whole of a parameter, or of a tensor of its shape."""
+        for split in self.splits.get(name, ()):
+            group = self.group(split.over)
+            whole = split.cut(whole, group.rank(), group.size())
+        parameter = dict(self.model.named_parameters())[name]
+        if isinstance(parameter, DTensor):
+            return shard_of(whole, parameter)
+        return whole
+
+    def group(self, over: Over) -> dist.ProcessGroup:
+        """The ranks that have the other parts."""
+        group = self.mesh.expert_group if over == "expert" else self.mesh.tensor_group
+        assert group is not None
+        return group
+
+    @property
+    def _expert_ranks(self) -> int:
+        return 1 if self.mesh.expert_group is None else self.mesh.expert_group.size()
+
+    def _groups_that_cut(self, name: str, parameter: nn.Parameter) -> tuple[dist.ProcessGroup, ...]:
+        groups = [self.group(split.over) for split in self.splits.get(name, ())]
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            groups += [mesh.get_group(i) for i, placement in enumerate(parameter.placements) if placement.is_shard()]
+        return tuple(groups)
+
+
+def spread_of(model: nn.Module) -> Spread | None:
+    """How ``model`` is spread; None for a model that one process has alone."""
+    return cast(Spread | None, getattr(model, ATTRIBUTE, None))
+
+
+def shard_of(whole: Tensor, parameter: DTensor) -> Tensor:
+    """What FSDP would leave here of ``whole``, as it did of ``parameter``: equal pieces, the last ones shorter."""
+    for i, placement in enumerate(parameter.placements):
+        if placement.is_shard():
+            dim = cast(Any, placement).dim
+            pieces = whole.chunk(parameter.device_mesh.size(i), dim=dim)
+            rank = parameter.device_mesh.get_local_rank(i)
+            empty = whole.narrow(dim, 0, 0)
+            whole = pieces[rank] if rank < len(pieces) else empty
+    return whole
+
+
+def _sum_dtype(gradient: Tensor) -> torch.dtype:
+    """bfloat16 gradients are squared in float32: two digits would be left."""
+    return torch.promote_types(gradient.dtype, torch.float32)
