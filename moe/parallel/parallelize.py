@@ -43,7 +43,7 @@ def parallelize(model: Model, config: Config, mesh: Mesh, device: torch.device, 
         _divide(model, mesh)
     if mesh.tensor_group is not None or mesh.expert_group is not None:
         _replace_experts(model, mesh, balanced)
-    if device.type != "meta" and not any(parameter.is_meta for parameter in model.parameters()):
+    if {parameter.device for parameter in model.parameters()} - {device, torch.device("meta")}:
         model.to(device)
     if mesh.dense_shards is not None:
         shard_over_data(model, mesh, config.training.precision)
