@@ -6,13 +6,16 @@ is a part of a sum; so the gradient of a gathered sequence is a sum over the ran
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, autograd
-from torch.distributed import _functional_collectives as collectives
 
 SEQUENCE = 1
 """the dimension of a sequence"""
+# torch 2.13 renamed them.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def gather_sequence(x: Float[Tensor, "B s D"], group: dist.ProcessGroup) -> Float[Tensor, "B S D"]:
@@ -41,22 +44,24 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 def all_gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """The ranks' tensors of one shape side by side along ``dim``; without a gradient."""
-    return _arrived(collectives.all_gather_tensor(x.contiguous(), dim, group))
+    parts = x.new_empty(group.size(), *x.shape)
+    _all_gather(parts.flatten(0, 1), x.contiguous(), group=group)
+    return parts.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """This rank's part along ``dim`` of the sum over the ranks; without a gradient."""
-    return _arrived(collectives.reduce_scatter_tensor(x.contiguous(), "sum", dim, group))
+    parts = torch.stack(x.chunk(group.size(), dim))
+    mine = torch.empty_like(parts[0])
+    _reduce_scatter(mine, parts.flatten(0, 1), group=group)
+    return mine
 
 
-def all_reduce(x: Tensor, operation: str, group: dist.ProcessGroup) -> Tensor:
-    """``operation`` (sum, max) over the ranks; without a gradient."""
-    return _arrived(collectives.all_reduce(x.contiguous(), operation, group))
-
-
-def _arrived(x: Tensor) -> Tensor:
-    arrived: Tensor = collectives.wait_tensor(x)  # type: ignore[no-untyped-call]
-    return arrived
+def all_reduce(x: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:
+    """Their sum, or another ``operation``, over the ranks; without a gradient."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, operation, group=group)
+    return total
 
 
 class _GatherSequence(autograd.Function):
@@ -89,7 +94,7 @@ class _SumGradients(autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad, "sum", ctx.group), None
+        return all_reduce(grad, dist.ReduceOp.SUM, ctx.group), None
 
 
 class _ScaleGradient(autograd.Function):

@@ -122,10 +122,10 @@ def _losses(
     """The loss of each row, and its gradient with respect to this rank's logits: softmax less the target's one."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     here, elsewhere = _in_part(targets, weight, group)
-    logits = logits - all_reduce(logits.amax(dim=1), "max", group)[:, None]
+    logits = logits - all_reduce(logits.amax(dim=1), dist.ReduceOp.MAX, group)[:, None]
     wanted = logits.gather(1, here[:, None]).squeeze(1).masked_fill(elsewhere, 0.0)
     exponentials = logits.exp()
-    total, wanted = all_reduce(torch.stack([exponentials.sum(dim=1), wanted]), "sum", group)
+    total, wanted = all_reduce(torch.stack([exponentials.sum(dim=1), wanted]), dist.ReduceOp.SUM, group)
     gradient = exponentials / total[:, None]
     gradient.scatter_add_(1, here[:, None], (elsewhere.to(gradient.dtype) - 1)[:, None])
     return total.log() - wanted, gradient
