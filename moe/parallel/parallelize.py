@@ -35,6 +35,7 @@ def parallelize(model: Model, config: Config, mesh: Mesh, device: torch.device, 
     fake tensors. With ``balanced`` it is taken, and not asked, that every expert gets as many tokens as any other,
     since such tensors cannot say. :func:`~moe.parallel.spread.spread_of` the model says which part is here.
     """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     splits = _splits(model, mesh)
     _cut(model, splits, mesh)
     summed = _summed(model, splits) if mesh.tensor_group is not None else frozenset()
@@ -47,7 +48,7 @@ def parallelize(model: Model, config: Config, mesh: Mesh, device: torch.device, 
         model.to(device)
     if mesh.dense_shards is not None:
         shard_over_data(model, mesh, config.training.precision)
-    object.__setattr__(model, ATTRIBUTE, Spread(model, mesh, splits, experts, summed))
+    object.__setattr__(model, ATTRIBUTE, Spread(model, mesh, splits, experts, summed, shapes))
     return model
 
 

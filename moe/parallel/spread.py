@@ -33,16 +33,31 @@ class Spread:
     """parameters of which there are others on the other ranks of the expert group"""
     summed: frozenset[str]
     """parameters whose gradients on the ranks of the tensor group are parts of a sum"""
+    shapes: dict[str, torch.Size]
+    """of the whole parameters"""
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     """what is here of each parameter, as a plain tensor in the same memory: what an optimizer is given"""
+    _own: dict[str, nn.Parameter] = field(default_factory=dict)
+    """the model's parameters between two steps; while it computes, FSDP puts gathered ones in place of its own"""
 
     def __post_init__(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            self.parameters[name] = (
-                nn.Parameter(parameter.to_local().detach(), parameter.requires_grad)
-                if isinstance(parameter, DTensor)
-                else parameter
-            )
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take up the model's memory, once more where it has been given other (``to_empty``)."""
+        self._own = dict(self.model.named_parameters())
+        self.parameters = {
+            name: nn.Parameter(parameter.to_local().detach(), parameter.requires_grad)
+            if isinstance(parameter, DTensor)
+            else parameter
+            for name, parameter in self._own.items()
+        }
+
+    def reshard(self) -> None:
+        """Let FSDP drop what it has gathered; after a forward pass without a backward one, all ranks alike."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @property
     def tensor_group(self) -> dist.ProcessGroup | None:
@@ -52,7 +67,7 @@ class Spread:
     @property
     def is_cut(self) -> bool:
         """Whether any parameter is not whole on every rank."""
-        return bool(self.splits) or any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        return bool(self.splits) or any(isinstance(parameter, DTensor) for parameter in self._own.values())
 
     def begin_backward(self, *, last: bool) -> None:
         """Say before the backward pass of a micro-batch whether it is the step's last: replicas wait for it."""
@@ -66,7 +81,7 @@ class Spread:
         FSDP has done its own. What is whole here is averaged over those who have the same; a missing gradient is 0.
         """
         whole: dict[str, list[nn.Parameter]] = {"dense": [], "experts": []}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._own.items():
             if not parameter.requires_grad:
                 continue
             here = self.parameters[name]
@@ -85,14 +100,14 @@ class Spread:
 
     def forget_gradients(self) -> None:
         """Let go of all gradients."""
-        for parameter in (*self.model.parameters(), *self.parameters.values()):
+        for parameter in (*self._own.values(), *self.parameters.values()):
             parameter.grad = None
 
     @torch.no_grad()
     def gradient_norm(self) -> Float[Tensor, ""]:
         """The norm of the whole gradient, the same on every rank: each part of it counts once."""
         squares: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._own.items():
             gradient = self.parameters[name].grad
             if gradient is not None:
                 squares.setdefault(self._groups_that_cut(name, parameter), []).append(gradient)
@@ -112,7 +127,7 @@ class Spread:
 
     def whole(self, name: str, part: Tensor | None = None) -> Tensor:
         """The whole of a parameter, or of a tensor ``part`` that is cut as it is, on every rank; all must ask."""
-        parameter = dict(self.model.named_parameters())[name]
+        parameter = self._own[name]
         here = self.parameters[name].detach() if part is None else part
         if isinstance(parameter, DTensor):
             here = DTensor.from_local(
@@ -130,7 +145,7 @@ class Spread:
         for split in self.splits.get(name, ()):
             group = self.group(split.over)
             whole = split.cut(whole, group.rank(), group.size())
-        parameter = dict(self.model.named_parameters())[name]
+        parameter = self._own[name]
         if isinstance(parameter, DTensor):
             return shard_of(whole, parameter)
         return whole
