@@ -5,34 +5,17 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import get_args
 
 from tqdm import tqdm
 
 from moe import config_file, presets
 from moe.config import ConfigError, ModelConfig, Preset
 from moe.errors import UserError
-from moe.inference.generate import generate
-from moe.inference.sampling import Sampling
+from moe.inference.command import number, seed_of
 from moe.study.leakage import DEFAULT_EDITS, ROUNDING, check_router, findings_table, overview_table
-from moe.training.console import printable, showable
-from moe.training.machine import choose_device
+from moe.training.console import showable
 from moe.training.run_folder import RunFolder
-
-Number = TypeVar("Number", int, float)
-
-GENERATE_FLAGS = {
-    "--prompt TEXT": "text to continue",
-    "--prompts FILE": "texts to continue in one batch, one a line",
-    "--tokens N": "new tokens per prompt (default 128, or what max_seq leaves)",
-    "--temperature X": "0 is greedy (default 0.8)",
-    "--top-k N": "keep the N most likely tokens (default: all)",
-    "--top-p X": "keep the most likely tokens that together reach probability X (default 0.95)",
-    "--seed N": "seed of the draws (default 0)",
-    "--device NAME": "auto, cpu or cuda (default auto)",
-    "--help": "show this",
-}
-
 
 CHECK_FLAGS = {
     "--edits N": f"edits of each kind in each mode (default {DEFAULT_EDITS})",
@@ -54,56 +37,10 @@ PRESETS_FLAGS = {"--help": "show this"}
 
 
 def generate_command(arguments: Sequence[str]) -> int:
-    """``python -m moe generate RUN --prompt TEXT``: continue a text with the model of a run."""
-    usage = "python -m moe generate RUN --prompt TEXT | --prompts FILE [--tokens N] [--temperature X] ..."
-    line = config_file.parse_flags(arguments, GENERATE_FLAGS)
-    options = line.options
-    if "--help" in options:
-        print(usage, *(f"  {flag:18}{meaning}" for flag, meaning in GENERATE_FLAGS.items()), sep="\n")
-        return 0
-    if line.overrides:
-        raise UserError(f"--{next(iter(line.overrides))} belongs to training: a run's settings are in its folder")
-    if len(line.positional) != 1:
-        raise UserError(f"one run folder is needed, and {len(line.positional)} were given: {usage}")
-    prompts = _prompts(options, usage)
-    tokens = _number(options, "--tokens", int, 0)
-    if tokens < 0:
-        raise UserError(f"--tokens is {tokens}, and must be 0 or more")
-    seed = _seed(options)
-    try:
-        sampling = Sampling(
-            temperature=_number(options, "--temperature", float, 0.8),
-            top_k=_number(options, "--top-k", int, 1) if "--top-k" in options else None,
-            top_p=_number(options, "--top-p", float, 0.95),
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    run = RunFolder.open(Path(line.positional[0]))
-    tokenizer = run.tokenizer()
-    device = options.get("--device", "auto")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device is {device}, and must be auto, cpu or cuda")
-    model = run.load_model().to(choose_device(device))  # type: ignore[arg-type]
-    if note := _competition(model.config):
-        print(note, file=sys.stderr)
-    ids = [[tokenizer.end_of_text, *tokenizer.encode(prompt)] for prompt in prompts]
-    room = model.config.max_seq - max(map(len, ids))
-    try:
-        written = generate(
-            model,
-            ids,
-            tokens if "--tokens" in options else min(128, max(1, room)),
-            sampling,
-            seed=seed,
-            stop=tokenizer.end_of_text,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    for number, (prompt, new) in enumerate(zip(prompts, written, strict=True)):
-        if number:
-            print("-" * 40)
-        print(showable(prompt + printable(tokenizer.decode(new)), sys.stdout))
-    return 0
+    """``python -m moe generate RUN --prompt TEXT`` (:mod:`moe.inference.command`)."""
+    from moe.inference.command import generate_command as generate
+
+    return generate(arguments)
 
 
 def check_router_command(arguments: Sequence[str]) -> int:
@@ -118,7 +55,7 @@ def check_router_command(arguments: Sequence[str]) -> int:
             raise UserError(f"--{key} is no setting of the model, which is all that is checked")
     if len(line.positional) > 1:
         raise UserError(f"one preset or file at a time, and {len(line.positional)} were given: {usage}")
-    edits, seed = _number(line.options, "--edits", int, DEFAULT_EDITS), _seed(line.options)
+    edits, seed = number(line.options, "--edits", int, DEFAULT_EDITS), seed_of(line.options)
     if edits < 1:
         raise UserError(f"--edits is {edits}, and must be 1 or more")
 
@@ -245,34 +182,6 @@ def main(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _prompts(options: dict[str, str], usage: str) -> list[str]:
-    """What to continue, from ``--prompt`` or ``--prompts``."""
-    if ("--prompt" in options) == ("--prompts" in options):
-        raise UserError(f"--prompt or --prompts is needed, and not both: {usage}")
-    if "--prompt" in options:
-        return [options["--prompt"]]
-    path = Path(options["--prompts"])
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as prompts: {error}") from None
-    if not lines:
-        raise UserError(f"{path}: holds no prompt; write one a line")
-    return lines
-
-
-def _competition(model: ModelConfig) -> str | None:
-    """What to know of text from ``model``, if tokens compete for its experts in evaluation; None if they do not."""
-    router, says = model.router, []
-    if not router.is_batch_independent(training=False):
-        says.append("the other prompts have a say in how each goes on")
-    if not router.is_causal(training=False):
-        says.append("validation saw later tokens, which are not there while text is written")
-    if not model.moe_layers or not says:
-        return None
-    return f"note: tokens compete for this router's experts: {', and '.join(says)}"
-
-
 def _model_of(name: str, overrides: Mapping[str, str]) -> ModelConfig:
     """The model of a preset, of a configuration file or of a run, with ``overrides`` over it."""
     known = get_args(Preset)
@@ -287,21 +196,3 @@ def _model_of(name: str, overrides: Mapping[str, str]) -> ModelConfig:
     guesses = get_close_matches(name, known, n=1)
     hint = f"did you mean {guesses[0]}?" if guesses else "python -m moe presets lists them"
     raise UserError(f"{name} is neither a preset nor a configuration file nor a run; {hint}")
-
-
-def _seed(options: dict[str, str]) -> int:
-    """The value of ``--seed``, 0 where it is not given."""
-    seed = _number(options, "--seed", int, 0)
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed is {seed}, and must be from 0 to {2**32 - 1}")
-    return seed
-
-
-def _number(options: dict[str, str], flag: str, kind: type[Number], default: Number) -> Number:
-    """The value of ``flag`` as a number, or ``default`` where it is not given."""
-    if flag not in options:
-        return default
-    try:
-        return kind(options[flag])
-    except ValueError:
-        raise UserError(f"{flag} is {options[flag]!r}, and must be a {'whole ' * (kind is int)}number") from None

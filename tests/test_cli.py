@@ -1,6 +1,9 @@
 """``python -m moe``: text from the folder of a run, what routers declare, and one line for every mistake."""
 
+import ast
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,6 +118,115 @@ def test_one_candidate_is_greedy(command: Command, trained: Path) -> None:
 
 def test_no_new_tokens_are_none(command: Command, trained: Path) -> None:
     assert command("generate", trained, "--prompt", "sheep", "--tokens", 0) == (0, "sheep\n", "")
+
+
+def test_each_token_with_its_probability_and_experts(command: Command, trained: Path) -> None:
+    """Two layers of two experts among four; greedy tokens are the likeliest, so none is below 1/300."""
+    told = generate(command, trained, "--prompt", "sheep 3", "--probabilities", "--experts")
+
+    text = generate(command, trained, "--prompt", "sheep 3").removeprefix("sheep 3").removesuffix("\n")
+    prompt, *lines = told.splitlines()
+    assert (prompt, len(lines)) == ("sheep 3", 12)
+    for line in lines:
+        probability, experts = line[25:].split(maxsplit=1)
+        assert 1 / 300 < float(probability) <= 1
+        layers = [[int(expert) for expert in layer.split()] for layer in experts.split("|")]
+        assert [len(set(layer)) for layer in layers] == [2, 2]
+        assert all(0 <= expert < 4 for layer in layers for expert in layer)
+    assert "".join(ast.literal_eval(line[:24].strip()) for line in lines) == text
+
+
+def test_text_ends_before_a_stop_string(command: Command, trained: Path) -> None:
+    free = generate(command, trained, "--prompt", "sheep 3").removeprefix("sheep 3")
+    stop = free[3:5]
+
+    written = generate(command, trained, "--prompt", "sheep 3", "--stop", json.dumps(["never there", stop]))
+
+    assert written == "sheep 3" + free[: free.index(stop)] + "\n"
+    assert written == generate(command, trained, "--prompt", "sheep 3", "--stop", stop)
+
+
+def test_samples_follow_each_other_and_differ(command: Command, trained: Path) -> None:
+    flags = ("--prompt", "sheep", "--tokens", 12, "--temperature", 3)
+    three = command("generate", trained, *flags, "--samples", 3)[1].split(f"{'-' * 40}\n")
+
+    assert len(set(three)) == 3
+    assert three[0] == command("generate", trained, *flags)[1]
+
+
+def test_a_file_of_objects_becomes_a_file_of_answers(command: Command, trained: Path, tmp_path: Path) -> None:
+    """In their order, although more are asked for than are written at once; what else a line said is handed on."""
+    prompts = ["sheep 3", "s", "sheep 10 jumps", ""]
+    lines = [json.dumps(prompts[0]), *(json.dumps({"id": n, "prompt": prompts[n]}) for n in (1, 2, 3))]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out.jsonl"
+
+    said = generate(command, trained, "--prompts", tmp_path / "in.jsonl", "--out", out, "--batch-size", 2, "--experts")
+
+    assert said == f"4 prompts continued: {out}\n"
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(answer["prompt"], answer.get("id")) for answer in answers] == list(
+        zip(prompts, [None, 1, 2, 3], strict=True)
+    )
+    for answer in answers:
+        [completion] = answer["completions"]
+        assert answer["prompt"] + completion["text"] + "\n" == generate(command, trained, "--prompt", answer["prompt"])
+        assert completion["finish"] == "length"
+        assert len(completion["tokens"]) == 12
+        assert all(token["log_probability"] <= 0 and len(token["experts"]) == 2 for token in completion["tokens"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize("draft", ["ngrams", "RUN"])
+def test_guesses_change_no_text_and_are_counted(command: Command, trained: Path, draft: str) -> None:
+    """A run that guesses for itself is always right."""
+    flags = ("generate", trained, "--prompt", "sheep 1 jumps sheep 2", "--temperature", 0, "--tokens", 20)
+    plain = command(*flags)
+
+    status, output, errors = command(*flags, "--draft", trained if draft == "RUN" else draft, "--guesses", 3)
+
+    assert (status, output) == plain[:2]
+    share, guessed = re.match(r"([\d.]+)% of (\d+) guessed tokens were kept; 20 tokens in ", errors).groups()
+    assert int(guessed) > 0
+    assert draft == "ngrams" or float(share) == 100
+
+
+def test_another_run_s_tokens_are_no_guesses(command: Command, trained: Path, run: Path) -> None:
+    (run / "tokenizer.json").write_text((run / "tokenizer.json").read_text() + "\n")
+
+    status, output, errors = command("generate", trained, "--prompt", "sheep", "--draft", run)
+
+    assert (status, output) == (2, "")
+    assert errors == f"--draft {run}: its tokens are not those of {trained}; both need the same tokenizer.json\n"
+
+
+def test_a_file_that_is_there_stays(command: Command, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_text("precious")
+
+    status, _, errors = command("generate", trained, "--prompt", "sheep", "--out", tmp_path / "out.jsonl")
+
+    assert (status, errors) == (2, f"{tmp_path / 'out.jsonl'}: exists; choose another --out\n")
+    assert (tmp_path / "out.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('"a"\n{', ":2: is no JSON ("),
+        ("3", ':1: must be a string, or an object with a text as its "prompt"'),
+        ('{"prompt": 3}', ":1: must be a string, or an object"),
+        ("\n", ": holds no prompt; write one a line"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named(
+    command: Command, trained: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "in.jsonl").write_text(text)
+
+    status, output, errors = command("generate", trained, "--prompts", tmp_path / "in.jsonl")
+
+    assert (status, output) == (2, "")
+    assert errors.startswith(f"{tmp_path / 'in.jsonl'}{message}")
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(command: Command, run: Path) -> None:
@@ -287,6 +399,12 @@ MISTAKES = {
     "cold": (["generate", "RUN", *P, "--temperature", "-1"], "temperature is -1.0, and must be 0 (greedy) or "),
     "no candidate": (["generate", "RUN", *P, "--top-k", "0"], "top_k is 0, and must be at least 1"),
     "no nucleus": (["generate", "RUN", *P, "--top-p", "1.5"], "top_p is 1.5, and must lie in (0, 1]"),
+    "no share": (["generate", "RUN", *P, "--min-p", "2"], "min_p is 2.0, and must lie in [0, 1]"),
+    "no samples": (["generate", "RUN", *P, "--samples", "0"], "--samples is 0, and must be 1 or more"),
+    "guesses of nobody": (["generate", "RUN", *P, "--guesses", "2"], "--guesses is of tokens that a --draft guesses"),
+    "no draft": (["generate", "RUN", *P, "--draft", "nowhere"], "nowhere: is no run folder: it has no config.yaml"),
+    "an empty stop": (["generate", "RUN", *P, "--stop", ""], "--stop is '', and must be a text, or texts in a JSON "),
+    "no list": (["generate", "RUN", *P, "--stop", "[x"], "--stop begins with [ and is no list in JSON ("),
     "device": (["generate", "RUN", *P, "--device", "tpu"], "--device is tpu, and must be auto, cpu or cuda"),
     "too long": (["generate", "RUN", "--prompt", "sheep " * 99], "a prompt of "),
     "too many": (["generate", "RUN", *P, "--tokens", "64"], "a prompt of "),

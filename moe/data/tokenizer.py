@@ -56,6 +56,10 @@ class Tokenizer:
         """The ids of one text, without an end of text."""
         return self.encode_batch([text])[0]
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """The ids that a text is continued from: as in training, an end of text stands before it."""
+        return [self.end_of_text, *self.encode(text)]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, computed on all cores."""
         return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]

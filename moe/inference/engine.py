@@ -151,7 +151,7 @@ class Engine:
 
         Raises ValueError for what could never be answered.
         """
-        self._require_possible(request)
+        self.require_possible(request)
         request_id = next(self._request_ids)
         if request.max_new_tokens == 0:
             self._events += [Event(request_id, sample, None, finish="length") for sample in range(request.n)]
@@ -160,6 +160,30 @@ class Engine:
             first.n_forks = request.n - 1
             self._waiting.append(first)
         return request_id
+
+    def require_possible(self, request: Request) -> None:
+        """Raise ValueError for a request that could never be answered."""
+        n_prompt, vocabulary, longest = len(request.prompt), self.model.config.vocab_size, self.model.config.max_seq
+        assert vocabulary is not None
+        if n_prompt == 0:
+            raise ValueError("every prompt needs at least one token")
+        if not all(0 <= token < vocabulary for token in request.prompt):
+            raise ValueError(f"a prompt has a token outside 0 to {vocabulary - 1}")
+        if request.max_new_tokens < 0 or not 1 <= request.n <= min(self.max_sequences, 1024):
+            raise ValueError(
+                f"{request.n} continuations of {request.max_new_tokens} tokens were asked for, and must be from 1 to "
+                f"{min(self.max_sequences, 1024)}, of 0 or more"
+            )
+        if n_prompt + request.max_new_tokens > longest:
+            raise ValueError(
+                f"a prompt of {n_prompt} tokens and {request.max_new_tokens} new ones do not fit max_seq = {longest}"
+            )
+        needs = self.cache.most_blocks(n_prompt + request.max_new_tokens, self.at_once)
+        if any(need > group.pool.n_blocks for need, group in zip(needs, self.cache.groups, strict=True)):
+            raise ValueError(
+                f"a prompt of {n_prompt} tokens and {request.max_new_tokens} new ones do not fit the cache, which "
+                f"holds {self.cache.groups[0].pool.n_blocks * self.cache.block_size}"
+            )
 
     def cancel(self, request: int, sample: int | None = None) -> None:
         """Forget a request, or one of its continuations that has begun; no more events come of it.
@@ -404,29 +428,6 @@ class Engine:
         first.n_forks = 0
         self._running += others
         return others
-
-    def _require_possible(self, request: Request) -> None:
-        n_prompt, vocabulary, longest = len(request.prompt), self.model.config.vocab_size, self.model.config.max_seq
-        assert vocabulary is not None
-        if n_prompt == 0:
-            raise ValueError("every prompt needs at least one token")
-        if not all(0 <= token < vocabulary for token in request.prompt):
-            raise ValueError(f"a prompt has a token outside 0 to {vocabulary - 1}")
-        if request.max_new_tokens < 0 or not 1 <= request.n <= min(self.max_sequences, 1024):
-            raise ValueError(
-                f"{request.n} continuations of {request.max_new_tokens} tokens were asked for, and must be from 1 to "
-                f"{min(self.max_sequences, 1024)}, of 0 or more"
-            )
-        if n_prompt + request.max_new_tokens > longest:
-            raise ValueError(
-                f"a prompt of {n_prompt} tokens and {request.max_new_tokens} new ones do not fit max_seq = {longest}"
-            )
-        needs = self.cache.most_blocks(n_prompt + request.max_new_tokens, self.at_once)
-        if any(need > group.pool.n_blocks for need, group in zip(needs, self.cache.groups, strict=True)):
-            raise ValueError(
-                f"a prompt of {n_prompt} tokens and {request.max_new_tokens} new ones do not fit the cache, which "
-                f"holds {self.cache.groups[0].pool.n_blocks * self.cache.block_size}"
-            )
 
 
 Alternatives = tuple[tuple[int, float], ...]
