@@ -53,6 +53,11 @@ class Config:
             n = model.experts.n_experts
             require(bool(model.moe_layers), "parallel.expert", f"is {experts}, but the model has no mixture")
             require(n % experts == 0, "parallel.expert", f"is {experts}, and must divide the {n} experts of a layer")
+        require(
+            parallel.pipeline == 1 or not model.router.residual,
+            "model.router.residual",
+            f"is true, but the mixture before may be on another rank (parallel.pipeline is {parallel.pipeline})",
+        )
         if max(experts, tensor) > 1:
             require(
                 model.router.gradient == "selected",

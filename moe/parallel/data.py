@@ -43,8 +43,8 @@ def shard_over_data(model: nn.Module, mesh: Mesh, precision: Precision) -> None:
     outside = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     # The head is used after the forward pass is over.
     _cut(model, dense, outside, whole, reshard=False)
-    if hasattr(model, "hidden"):
-        register_fsdp_forward_method(model, "hidden")
+    if hasattr(model, "part"):
+        register_fsdp_forward_method(model, "part")
 
 
 def blocks_of(model: nn.Module) -> Iterator[Block]:

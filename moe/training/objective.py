@@ -80,6 +80,13 @@ def compose(
     return Objective(lm, auxiliary, total)
 
 
+def measured_losses(balance: BalanceConfig, router: RouterConfig) -> list[str]:
+    """The names of the auxiliary losses that :func:`compose` computes of a mixture, in its order."""
+    others = ("importance", "noisy_load", "device", "sparsity", "entropy", "orthogonality")
+    always = ["load_balance", "z_loss"] if router.has_logits else ["load_balance"]
+    return [*always, *(name for name in others if getattr(balance, name))]
+
+
 def _losses(
     routings: Sequence[Routing],
     balance: BalanceConfig,
@@ -162,6 +169,18 @@ class StepCounts:
                 for layer, routing in zip(self.logits, routings, strict=True):
                     real = routing.logits.detach()
                     layer.append(real if routing.mask is None else real[routing.mask])
+
+    @classmethod
+    def joined(cls, parts: Sequence["StepCounts"], n_experts: int, device: torch.device) -> "StepCounts":
+        """The counts of all layers, from those of consecutive ones; of none, no rows."""
+        whole = cls(parts[0].world)
+        seen = [part for part in parts if part.counts is not None]
+        nothing = torch.zeros(0, n_experts, dtype=torch.int64, device=device)
+        whole.counts = torch.cat([part.counts for part in seen if part.counts is not None] or [nothing])
+        whole.dropped = torch.cat([part.dropped for part in seen if part.dropped is not None] or [nothing[:, 0]])
+        whole.computed = torch.cat([part.computed for part in seen if part.computed is not None] or [nothing[:, 0]])
+        whole.tokens = seen[0].tokens if seen else nothing.sum()
+        return whole
 
     def over_ranks(self) -> Int[Tensor, "L E"]:
         """The counts so far, summed over all ranks.
