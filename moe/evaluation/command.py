@@ -69,6 +69,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
 
 def _evaluate_held_out(subject: Subject) -> None:
     config, length = subject.config, subject.sequence_length
+    stride = config.data.stride if length == config.data.sequence_length else max(1, length // 2)
     corpus = subject.run.corpus(config.data, say)
     if note := competition(config.model):
         say(f"note: {note}")
@@ -79,7 +80,7 @@ def _evaluate_held_out(subject: Subject) -> None:
             subject.model,
             corpus,
             sequence_length=length,
-            stride=config.data.stride if length == config.data.sequence_length else max(1, length // 2),
+            stride=stride,
             precision=subject.precision,
             rows=subject.batch_size,
             advance=bar.update,
@@ -87,6 +88,7 @@ def _evaluate_held_out(subject: Subject) -> None:
     domains = [summarise(part.domain, [part], unigram) for part in predictions]
     pooled = summarise("all text", predictions, unigram)
     numbers = {
+        "stride": stride,
         "documents": {domain: list(held_out.names) for domain, held_out in corpus.validation.items()},
         "domains": [as_json(summary) for summary in domains],
         "pooled": as_json(pooled),

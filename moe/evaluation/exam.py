@@ -22,6 +22,7 @@ from moe.errors import UserError
 from moe.evaluation.language_model import RunLM
 from moe.evaluation.score_card import Mark, mark_of, pooled_mark
 from moe.evaluation.subject import Subject
+from moe.evaluation.table import finite
 from moe.evaluation.tasks.held_out import names_of, write_cloze
 from moe.evaluation.tasks.write import FILES
 from moe.training.run_folder import RunFolder
@@ -76,10 +77,13 @@ def take(
 ) -> tuple[list[Mark], dict[str, Any]]:
     """The marks of the tasks ``names``, in their order, and what a reader has to know of them as JSON holds it.
 
-    ``limit`` asks only the first items of each. Raises UserError where a task cannot be loaded.
+    ``limit`` asks only the first items of each. Raises UserError where a task cannot be loaded, and where there is too
+    little held-out text for any of them.
     """
     written = _write_held_out(subject, names, say)
     names = [name for name in names if name in written or name not in names_of(_domains(subject.run))]
+    if not names:
+        raise UserError("--harness: no task is left to take; --harness list names others")
     model = RunLM(
         subject.model,
         subject.run.tokenizer(),
@@ -105,7 +109,7 @@ def take(
         "versions": results["versions"],
         "few_shot": results["n-shot"],
     }
-    return marks, json.loads(json.dumps(details, default=str).replace("NaN", "null"))
+    return marks, finite(details)
 
 
 def _mark(name: str, results: Mapping[str, Any]) -> Mark:

@@ -91,7 +91,10 @@ def over_items(successes: int, items: int) -> tuple[float, float]:
     centre = share + z**2 / (2 * items)
     half = z * math.sqrt(share * (1 - share) / items + z**2 / (4 * items**2))
     scale = 1 + z**2 / items
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # Of none and of all the ends are 0 and 1, which rounding would miss: a score of 0 is not above a chance of 0.
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == items else (centre + half) / scale
+    return low, high
 
 
 def t_quantile(degrees: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from moe.config import Config, ModelConfig, Precision
 from moe.errors import UserError
 from moe.model.transformer import Transformer
-from moe.study.plots import FORMATS, save_all
+from moe.study.plots import FORMATS, require_browser, save_all
 from moe.training import checkpoint
 from moe.training.console import showable
 from moe.training.machine import choose_device, keep_freed_memory
@@ -60,7 +60,6 @@ class Subject:
         path, picture = self.out / f"{stem}.json", self.out / f"{stem}{self.suffix}"
         text = json.dumps({**self.facts(), **numbers}, ensure_ascii=False, allow_nan=False, indent=1)
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".partial-{path.name}")
             partial.write_text(text, encoding="utf-8")
             partial.replace(path)
@@ -72,7 +71,10 @@ class Subject:
 
 
 def open_subject(path: Path, options: Mapping[str, str]) -> Subject:
-    """The model of a run or a checkpoint, loaded; every option is checked first. Raises UserError."""
+    """The model of a run or a checkpoint, loaded; every option is checked first, and that results can be written.
+
+    Raises UserError.
+    """
     device = options.get("--device", "auto")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device is {device}, and must be auto, cpu or cuda")
@@ -92,8 +94,15 @@ def open_subject(path: Path, options: Mapping[str, str]) -> Subject:
         )
     saved = checkpoint.open_checkpoint(path) if is_checkpoint else checkpoint.newest(run.checkpoints_path, say)
     name = f"evaluation-{saved.step:08d}" if is_checkpoint else "evaluation"
+    out = Path(options["--out"]) if "--out" in options else run.path / name
     on = choose_device(device)  # type: ignore[arg-type]
     batch_size = count(options, "--batch-size") or BATCH_SIZE
+    if suffix != ".html":
+        require_browser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: cannot be written ({error.strerror or error})") from error
     keep_freed_memory()
     model = Transformer(config.model)
     saved.load_model(model)
@@ -106,7 +115,7 @@ def open_subject(path: Path, options: Mapping[str, str]) -> Subject:
         sequence_length=length,
         batch_size=batch_size,
         precision="bf16" if precision == "bf16" else "fp32",
-        out=Path(options["--out"]) if "--out" in options else run.path / name,
+        out=out,
         suffix=suffix,
     )
 

@@ -63,14 +63,15 @@ def held_out_tables(domains: Sequence[Summary], pooled: Summary) -> str:
 
 def as_json(value: Any) -> Any:
     """A dataclass as JSON holds it; what is not finite is null."""
-    return _finite(asdict(value))
+    return finite(asdict(value))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Numbers, text, lists and dicts of them, with None for each number that is not finite."""
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

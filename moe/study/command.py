@@ -30,7 +30,7 @@ from moe.study.compare import (
 from moe.study.imported import import_record
 from moe.study.measurement import Array, Measurement
 from moe.study.page import write_page
-from moe.study.plots import graph_objects, plot, save_all
+from moe.study.plots import graph_objects, plot, require_browser, save_all
 from moe.study.storage import HEADER
 from moe.study.study import ABLATION_TOKENS, OF_THE_MODEL, Study, load, on_stderr
 from moe.training.command import MAY_CHANGE
@@ -94,6 +94,8 @@ def study_command(arguments: Sequence[str]) -> int:
         raise UserError(f"--format {options['--format']} is of pictures, and there are none without --figures FOLDER")
     if options.get("--format", "svg") not in FORMATS:
         raise UserError(f"--format is {options['--format']}, and must be one of {', '.join(FORMATS)}")
+    if "--figures" in options:
+        require_browser()
     if not options.get("--out", ".html").endswith(".html"):
         raise UserError(f"--out is {options['--out']}, and must end in .html")
     if "--text" in options and "--import" not in options:

@@ -7,6 +7,7 @@ on white. plotly comes with the extra ``study`` and is imported when something i
 """
 
 import math
+import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -226,11 +227,26 @@ def _draw_pictures(pictures: Mapping[Path, "go.Figure"]) -> None:
             height=[paper.layout.height for paper in papers],
         )
     except (ImportError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            "pictures need kaleido (pip install 'moe-lab[study]') and Chrome or Chromium "
-            f"(its path in BROWSER_PATH if it is not found): {reason}"
-        ) from error
+        raise _cannot_draw(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+
+
+def require_browser() -> None:
+    """Raise UserError where what draws pictures (kaleido, Chrome) is missing, before work is done that ends in one."""
+    try:
+        import kaleido  # noqa: F401
+        from choreographer.browsers.chromium import Chromium
+    except ImportError as error:
+        raise _cannot_draw(str(error)) from error
+    path = Chromium.find_browser(skip_local=False)
+    if path is None or shutil.which(path) is None:
+        raise _cannot_draw("there is none" if path is None else f"{path} is no program")
+
+
+def _cannot_draw(reason: str) -> UserError:
+    return UserError(
+        "pictures need kaleido (pip install 'moe-lab[study]') and Chrome or Chromium "
+        f"(its path in BROWSER_PATH if it is not found): {reason}"
+    )
 
 
 def _on_white(figure: "go.Figure") -> "go.Figure":

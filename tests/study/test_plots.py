@@ -7,7 +7,17 @@ import pytest
 from moe.errors import UserError
 from moe.study import plots
 from moe.study.measurement import Axis, Measurement
-from moe.study.plots import colour_axis, draw_bars_by_layer, flow, note_on, plot, save, save_all, shading
+from moe.study.plots import (
+    colour_axis,
+    draw_bars_by_layer,
+    flow,
+    note_on,
+    plot,
+    require_browser,
+    save,
+    save_all,
+    shading,
+)
 
 pytest.importorskip("plotly")
 
@@ -195,6 +205,17 @@ def test_a_missing_browser_is_one_line(tmp_path, monkeypatch):
         save(plot(measured([0.4], (axis("layer", 1),))), tmp_path / "figure.png")
     assert str(caught.value).endswith("no Chrome here")
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_browser_is_told_before_the_work(tmp_path, monkeypatch):
+    """BROWSER_PATH wins over whatever is installed; what it names need not be there."""
+    monkeypatch.setattr("choreographer.browsers.chromium.get_chrome_download_path", lambda **_: None)
+    monkeypatch.setattr("choreographer.browsers.chromium.get_old_chrome_download_path", lambda: None)
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "chrome"))
+    with pytest.raises(UserError, match=r"pictures need kaleido .* and Chrome .*chrome is no program"):
+        require_browser()
+    (tmp_path / "chrome").touch(mode=0o755)
+    require_browser()
 
 
 def test_without_plotly_a_line_says_what_to_install(monkeypatch):

@@ -112,6 +112,7 @@ def test_pictures_are_written_in_the_format_that_is_asked_for(
     records, study: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Path] = []
+    monkeypatch.setattr("moe.study.command.require_browser", lambda: None)
     monkeypatch.setattr("moe.study.command.save_all", lambda figures: drawn.extend(figures))
     write_record(tmp_path / "record", records.planted(2, 2, 1, n_layers=2))
     study(tmp_path / "record", "--figures", tmp_path / "pictures", "--format", "png")
@@ -120,8 +121,9 @@ def test_pictures_are_written_in_the_format_that_is_asked_for(
 
 
 def test_pictures_that_cannot_be_written_cost_a_line_and_not_the_study(
-    records, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    records, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("moe.study.command.require_browser", lambda: None)
     write_record(tmp_path / "record", records.planted(2, 2, 1, n_layers=2))
     (tmp_path / "file").write_text("no folder")
     assert f"{tmp_path / 'file'}: cannot be written" in refused(tmp_path / "record", "--figures", tmp_path / "file")
@@ -209,6 +211,7 @@ def test_a_comparison_has_pictures_of_both_side_by_side(
     runs: Path, study: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
+    monkeypatch.setattr("moe.study.command.require_browser", lambda: None)
     monkeypatch.setattr("moe.study.command.save_all", lambda figures: drawn.extend(path.name for path in figures))
     study(runs / "zero", runs / "one", "--figures", tmp_path)
     assert {"agreement.svg", "partner_overlap.svg", "load.svg", "load_entropy.svg"} <= set(drawn)

@@ -8,6 +8,7 @@ by likelihood alone a model takes whatever answer is common words. The toy run w
 its six domains by the one, on 0.35 to 0.49 by the other.
 """
 
+import json
 import random
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ TASK = """\
 task: {name}
 output_type: multiple_choice
 custom_dataset: !function moe.evaluation.tasks.reader.read
-dataset_kwargs: {{file: "{data}"}}
+dataset_kwargs: {{file: {data}}}
 test_split: test
 doc_to_text: question
 doc_to_choice: choices
@@ -51,7 +52,9 @@ def write_cloze(domain: str, held_out: HeldOut, folder: Path) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     data = folder.resolve() / f"{name}.jsonl"
     data.write_text(as_lines(items), encoding="utf-8")
-    (folder / f"{name}.yaml").write_text(TASK.format(domain=domain, name=name, data=data), encoding="utf-8")
+    # A string of JSON is one of YAML, whatever is in it.
+    task = TASK.format(domain=domain, name=json.dumps(name), data=json.dumps(str(data)))
+    (folder / f"{name}.yaml").write_text(task, encoding="utf-8")
     return name
 
 

@@ -71,7 +71,7 @@ QUESTIONS: Sequence[tuple[str, Mapping[str, str]]] = (
     ("The feminine of {} is", {"king": "queen", "uncle": "aunt", "son": "daughter", "actor": "actress"}),
     (
         "In Python, the word that {} is",
-        {"makes a function": "def", "makes a class": "class", "loads a module": "import", "leaves a loop": "break"},
+        {"makes a function": "def", "begins a condition": "if", "loads a module": "import", "leaves a loop": "break"},
     ),
     ("In Python, the type of {} is", {"3": "int", "3.5": "float", "'three'": "str", "[3]": "list"}),
     ("{} is measured in", {"Length": "metres", "Weight": "kilograms", "Time": "seconds", "Temperature": "degrees"}),
