@@ -150,6 +150,30 @@ class Spread:
             return shard_of(whole, parameter)
         return whole
 
+    def own(self, name: str) -> nn.Parameter:
+        """The model's parameter, as it is between two steps."""
+        return self._own[name]
+
+    def keeps(self, name: str) -> bool:
+        """Whether, of all who have what is here of a parameter, this process is the first."""
+        mesh, splits, parameter = self.mesh, self.splits.get(name, ()), self._own[name]
+        if mesh.tensor_rank != 0 and not any(split.over == "tensor" for split in splits):
+            return False
+        if isinstance(parameter, DTensor):
+            ranks = parameter.device_mesh
+            return all(
+                placement.is_shard() or ranks.get_local_rank(i) == 0 for i, placement in enumerate(parameter.placements)
+            )
+        if name in self.experts:
+            assert mesh.sparse is not None
+            return mesh.sparse.get_local_rank("expert_data") == 0
+        return mesh.data_rank == 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the first of those that have its blocks."""
+        return self.mesh.data_rank == 0 and self.mesh.tensor_rank == 0
+
     def group(self, over: Over) -> dist.ProcessGroup:
         """The ranks that have the other parts."""
         group = self.mesh.expert_group if over == "expert" else self.mesh.tensor_group

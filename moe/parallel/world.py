@@ -79,6 +79,21 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of all, by what ``torchrun`` says before they have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def restarts() -> int:
+    """How often ``torchrun`` has started all processes again because one was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def launches() -> bool:
+    """Whether ``torchrun`` was told to start them again."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
 def leave_world() -> None:
     """Leave the group, if there is one."""
     if dist.is_available() and dist.is_initialized():

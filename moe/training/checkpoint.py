@@ -10,6 +10,9 @@
 - ``state.json``: the step, what the caller counts (tokens seen, skipped steps), versions and thread count;
 - ``manifest.json``: size and XXH3-128 digest of each of the others, written last.
 
+Of a model that is spread over processes each writes what it has, to ``model-00003.safetensors`` and the like, with how
+it was cut (:mod:`.pieces`); such a checkpoint, and one in whole, load into a model of any layout.
+
 A checkpoint is written to a folder beside its place, which gets its name only when every byte is on the disk: a
 process may be killed or a disk fill up at any moment, and what was there before still is. A flipped bit, which
 safetensors and ``torch.load`` read without complaint, is found by its digest. Nothing is ever unpickled.
@@ -35,10 +38,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe.errors import UserError
+from moe.parallel.spread import Spread, spread_of
+from moe.parallel.world import World
+from moe.training.pieces import Piece, StoredTensors, metadata, piece_here
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
-FORMAT = 1
+FORMAT, FORMAT_IN_PIECES = 1, 2
 MODEL, OPTIMIZER, RANDOM, STATE, MANIFEST = (
     "model.safetensors",
     "optimizer.safetensors",
@@ -72,12 +78,14 @@ def save(
     optimizer: torch.optim.Optimizer | None,
     progress: Mapping[str, JSON],
     keep: int,
+    world: World | None = None,
 ) -> Path:
     """Write the checkpoint of ``step`` below ``folder``, then remove all but the ``keep`` newest; return its folder.
 
     ``progress`` is whatever the caller wants back on resuming (numbers that are not finite come back as they were,
     tuples as lists). A checkpoint of the same step is replaced. Those of later steps, which an interrupted run may
-    have left, are neither counted nor removed. On several ranks, rank 0 alone calls this.
+    have left, are neither counted nor removed. Where the model is cut over processes (:attr:`Spread.is_cut`), all of
+    ``world`` call this, and see the same disk; else the first rank alone.
 
     Raises UserError where the disk does not take it; nothing is left of it then, and earlier checkpoints are untouched.
     """
@@ -85,35 +93,111 @@ def save(
         raise ValueError(f"step {step} must not be negative, and keep {keep} must be at least 1")
     final = folder / f"step-{step:08d}"
     partial = final.with_name(final.name + _PARTIAL)
+    spread = spread_of(model)
+    if spread is not None and spread.is_cut:
+        assert world is not None
+        return _save_in_pieces(final, partial, step, model, optimizer, progress, keep, spread, world)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        partial.mkdir()
-        # Written first: the others take their permissions from it, since safetensors makes its files private.
-        (partial / STATE).write_text(
-            json.dumps({"step": step, "progress": progress, "environment": _environment()}, indent=1)
-        )
+        _begin(partial, step, progress)
         save_file(_on_host(_named_tensors(model)), partial / MODEL)
         if optimizer is not None:
             _save_optimizer(partial / OPTIMIZER, optimizer, model)
         _save_random_state(partial / RANDOM)
-        files = sorted(partial.iterdir())
-        entries = {file.name: {"size": file.stat().st_size, "xxh3_128": _digest(file)} for file in files}
-        (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
-        for file in partial.iterdir():
-            shutil.copymode(partial / STATE, file)
-            _to_disk(file)
-        _to_disk(partial)
-        _put_in_place(partial, final)
+        _finish(partial, final, {file.name: _entry(file) for file in sorted(partial.iterdir())}, FORMAT)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{final}: the checkpoint could not be written ({error}); earlier ones are untouched: "
-            "make room, or set run.folder to another disk, and resume"
-        ) from error
+        raise _unwritten(final, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _prune(folder, step, keep)
     return final
+
+
+def _save_in_pieces(
+    final: Path,
+    partial: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    progress: Mapping[str, JSON],
+    keep: int,
+    spread: Spread,
+    world: World,
+) -> Path:
+    """Every process writes its pieces and what they digest to; the first begins and ends."""
+
+    def begin() -> None:
+        if world.is_first:
+            _begin(partial, step, progress)
+            _save_random_state(partial / RANDOM)
+
+    def write() -> None:
+        mine = [partial / f"model-{world.rank:05d}.safetensors", partial / f"optimizer-{world.rank:05d}.safetensors"]
+        _save_pieces(mine[0], *_pieces_of_model(model, spread))
+        if optimizer is not None:
+            _save_optimizer_pieces(mine[1], optimizer, spread)
+        entries = {file.name: _entry(file) for file in mine if file.exists()}
+        (partial / f"{world.rank:05d}.digests").write_text(json.dumps(entries))
+        for file in mine:
+            if file.exists():
+                shutil.copymode(partial / STATE, file)
+                _to_disk(file)
+
+    def finish() -> None:
+        if not world.is_first:
+            return
+        entries = {name: _entry(partial / name) for name in (STATE, RANDOM)}
+        for file in sorted(partial.glob("*.digests")):
+            entries |= json.loads(file.read_text())
+            file.unlink()
+        _finish(partial, final, entries, FORMAT_IN_PIECES)
+
+    try:
+        for work in (begin, write, finish):
+            error: Exception | None = None
+            try:
+                work()
+            except (OSError, SafetensorError) as refused:
+                error = refused
+            failed = int(world.sum(torch.tensor(int(error is not None), device=world.device)))
+            if error is not None or failed:
+                raise _unwritten(final, error or f"on {failed} of {world.size} processes")
+    finally:
+        if world.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+    if world.is_first:
+        _prune(final.parent, step, keep)
+    return final
+
+
+def _begin(partial: Path, step: int, progress: Mapping[str, JSON]) -> None:
+    """Make the folder and write the state, from which the others take their permissions: safetensors' are private."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(partial.parent)
+    partial.mkdir()
+    (partial / STATE).write_text(
+        json.dumps({"step": step, "progress": progress, "environment": _environment()}, indent=1)
+    )
+
+
+def _finish(partial: Path, final: Path, entries: Mapping[str, JSON], version: int) -> None:
+    """Write the manifest, wait for the disk, and give the folder its name."""
+    (partial / MANIFEST).write_text(json.dumps({"format": version, "files": entries}, indent=1))
+    for file in partial.iterdir():
+        shutil.copymode(partial / STATE, file)
+        _to_disk(file)
+    _to_disk(partial)
+    _put_in_place(partial, final)
+
+
+def _entry(file: Path) -> dict[str, JSON]:
+    return {"size": file.stat().st_size, "xxh3_128": _digest(file)}
+
+
+def _unwritten(final: Path, cause: object) -> UserError:
+    return UserError(
+        f"{final}: the checkpoint could not be written ({cause}); earlier ones are untouched: "
+        "make room, or set run.folder to another disk, and resume"
+    )
 
 
 def canonical_name(name: str) -> str:
@@ -135,7 +219,9 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _parameter_names(model: nn.Module) -> dict[int, str]:
-    """The canonical name of each parameter, by the parameter's identity."""
+    """The canonical name of each parameter, or of what is here of it, by its identity."""
+    if (spread := spread_of(model)) is not None:
+        return {id(parameter): name for name, parameter in spread.parameters.items()}
     return {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
 
 
@@ -165,6 +251,40 @@ def _save_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Modu
                     raise TypeError(f"the optimizer's {kind} of {name} is a {type(value).__name__}, not a tensor")
                 tensors[f"{kind}/{name}"] = value
     save_file(_on_host(tensors), path, metadata={"groups": json.dumps(groups)})
+
+
+def _pieces_of_model(model: nn.Module, spread: Spread) -> tuple[dict[str, Tensor], dict[str, Piece]]:
+    """What this process writes of parameters and persistent buffers, and how that was cut from the whole."""
+    tensors, pieces = {}, {}
+    for name, value in _named_tensors(model).items():
+        if name not in spread.parameters:
+            if spread.is_first:
+                tensors[name] = value
+        elif spread.keeps(name):
+            tensors[name], pieces[name] = spread.parameters[name], piece_here(spread, name)
+    return tensors, pieces
+
+
+def _save_pieces(
+    path: Path, tensors: Mapping[str, Tensor], pieces: Mapping[str, Piece], more: Mapping[str, str] | None = None
+) -> None:
+    full = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 0 or tensor.numel() > 0}
+    save_file(_on_host(full), path, metadata=metadata(pieces) | dict(more or {}))
+
+
+def _save_optimizer_pieces(path: Path, optimizer: torch.optim.Optimizer, spread: Spread) -> None:
+    names = {id(parameter): name for name, parameter in spread.parameters.items()}
+    groups, tensors, pieces = [], {}, {}
+    for group in optimizer.param_groups:
+        parameters = [_name_of(parameter, names) for parameter in group["params"]]
+        groups.append({"parameters": parameters, "hyperparameters": _hyperparameters(group)})
+        for name, parameter in zip(parameters, group["params"], strict=True):
+            for kind, value in optimizer.state.get(parameter, {}).items():
+                if value.dim() == 0 and spread.is_first:
+                    tensors[f"{kind}/{name}"] = value
+                elif value.dim() > 0 and spread.keeps(name):
+                    tensors[f"{kind}/{name}"], pieces[f"{kind}/{name}"] = value, piece_here(spread, name)
+    _save_pieces(path, tensors, pieces, {"groups": json.dumps(groups)})
 
 
 def _name_of(parameter: Tensor, names: Mapping[int, str]) -> str:
@@ -283,18 +403,30 @@ class Checkpoint:
         The names, shapes and dtypes must be those of the checkpoint, whether or not either model is compiled; but that
         a model in float32 takes weights that were kept in bfloat16, as they are.
         """
-        path = self.folder / MODEL
-        stored = load_file(path)
-        tensors = _named_tensors(model)
-        _require_same_names(path, stored, tensors, "model")
+        stored, spread = self._stored(MODEL), spread_of(model)
+        path, tensors = stored.paths[0], _named_tensors(model)
+        _require_same_names(path, stored.names(), tensors, "model")
         for name, tensor in tensors.items():
             if tensor.is_meta:
                 raise ValueError(f"{name} is on the meta device; give the model memory first (to_empty)")
-            widened = stored[name].dtype == torch.bfloat16 and tensor.dtype == torch.float32
-            _require_like(path, name, stored[name].float() if widened else stored[name], tensor)
+            like = stored.like(name)
+            widened = like.dtype == torch.bfloat16 and tensor.dtype == torch.float32
+            _require_like(path, name, like.float() if widened else like, _whole_like(name, tensor, spread))
         with torch.no_grad():
             for name, tensor in tensors.items():
-                tensor.copy_(stored[name])
+                whole = stored.read(name)
+                if spread is not None and name in spread.parameters:
+                    spread.parameters[name].copy_(spread.part(name, whole))
+                else:
+                    tensor.copy_(whole)
+
+    def _stored(self, name: str) -> StoredTensors:
+        """The tensors of a file, or of its pieces."""
+        path = self.folder / name
+        pieces = sorted(self.folder.glob(f"{path.stem}-*{path.suffix}"))
+        if not path.exists() and not pieces:
+            raise UserError(f"{path}: there is none: this checkpoint was saved without an optimizer")
+        return StoredTensors([path] if path.exists() else pieces)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         """Give ``optimizer``, which holds parameters of ``model``, its saved state and learning rates.
@@ -302,12 +434,9 @@ class Checkpoint:
         Groups may be ordered differently; every parameter must have the hyperparameters it was saved with. Raises
         UserError, and changes nothing, where a name, shape, dtype or hyperparameter is not the saved one.
         """
-        path = self.folder / OPTIMIZER
-        if not path.exists():
-            raise UserError(f"{path}: there is none: this checkpoint was saved without an optimizer")
-        stored = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            groups = json.loads(file.metadata()["groups"])
+        stored, spread = self._stored(OPTIMIZER), spread_of(model)
+        path = stored.paths[0]
+        groups = [group for text in stored.metadata("groups") for group in json.loads(text)]
         saved = {name: group["hyperparameters"] for group in groups for name in group["parameters"]}
 
         names = _parameter_names(model)
@@ -317,7 +446,7 @@ class Checkpoint:
         _require_same_names(path, saved, by_name, "optimizer")
         for group in optimizer.param_groups:
             _require_same_hyperparameters(path, group, [names[id(parameter)] for parameter in group["params"]], saved)
-        state = _state_by_name(path, stored, by_name, [group["parameters"] for group in groups])
+        state = _state_by_name(path, stored, by_name, [group["parameters"] for group in groups], spread)
 
         # The optimizer's own loader puts each tensor where the optimizer wants it (fused AdamW: the step on the GPU).
         packed = optimizer.state_dict()
@@ -372,6 +501,11 @@ def newest(folder: Path, report: Callable[[str], None]) -> Checkpoint:
     raise UserError(f"{folder}: every checkpoint here ({len(found)}) is damaged; start the run from the beginning")
 
 
+def any_below(folder: Path) -> bool:
+    """Whether there is a checkpoint below ``folder``, sound or not."""
+    return folder.is_dir() and bool(_checkpoints(folder))
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in the folder ``path``, every file checked; raises DamagedCheckpointError, naming the file."""
     try:
@@ -382,9 +516,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise DamagedCheckpointError(f"{path / MANIFEST}: missing") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path / MANIFEST}: unreadable ({error})") from error
-    if version != FORMAT:
-        raise DamagedCheckpointError(f"{path / MANIFEST}: of format {version!r}, not {FORMAT}")
-    for name in sorted({MODEL, RANDOM, STATE} | files.keys()):
+    if version not in (FORMAT, FORMAT_IN_PIECES):
+        raise DamagedCheckpointError(f"{path / MANIFEST}: of format {version!r}, not {FORMAT} or {FORMAT_IN_PIECES}")
+    required = {MODEL, RANDOM, STATE} if version == FORMAT else {"model-00000.safetensors", RANDOM, STATE}
+    for name in sorted(required | files.keys()):
         if name not in files:
             raise DamagedCheckpointError(f"{path / MANIFEST}: does not list {name}")
         _require_intact(path / name, *files[name])
@@ -450,22 +585,33 @@ def _require_same_hyperparameters(
                 )
 
 
+def _whole_like(name: str, tensor: Tensor, spread: Spread | None) -> Tensor:
+    """A tensor without memory, like the whole of one of which this process may have a part."""
+    shape = tensor.shape if spread is None else spread.shapes.get(name, tensor.shape)
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+
 def _state_by_name(
-    path: Path, stored: Mapping[str, Tensor], parameters: Mapping[str, Tensor], groups: Sequence[Sequence[str]]
+    path: Path,
+    stored: StoredTensors,
+    parameters: Mapping[str, Tensor],
+    groups: Sequence[Sequence[str]],
+    spread: Spread | None,
 ) -> dict[str, dict[str, Tensor]]:
     """The optimizer's tensors by parameter and kind.
 
     The parameters of a group have the same kinds, all of them or, if there never was a gradient, none.
     """
     state: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in stored.items():
+    for key in stored.names():
         kind, _, name = key.partition("/")
         if name not in parameters:
             raise UserError(f"{path}: has {key}, but the optimizer has no parameter {name}")
-        if tensor.dim() > 0:
-            _require_like(path, key, tensor, parameters[name])
-        # A copy: the file's memory must not outlive the file, which a later save removes.
-        state.setdefault(name, {})[kind] = tensor.clone()
+        like = stored.like(key)
+        if like.dim() > 0:
+            _require_like(path, key, like, _whole_like(name, parameters[name], spread))
+        tensor = stored.read(key)
+        state.setdefault(name, {})[kind] = tensor if spread is None or like.dim() == 0 else spread.part(name, tensor)
     for names in groups:
         kinds = {kind for name in names for kind in state.get(name, {})}
         for name in state.keys() & set(names):

@@ -14,10 +14,10 @@ from moe import config_file
 from moe.config import Config, ConfigError, ModelConfig, RouterConfig
 from moe.data.prepare import PreparedCorpus, prepare, resolve_paths
 from moe.errors import UserError
-from moe.parallel.world import World, join_world, leave_world, local_rank
+from moe.parallel.world import World, is_first_process, join_world, launches, leave_world, local_rank, restarts
 from moe.training import checkpoint
 from moe.training.console import Console
-from moe.training.loop import Recorder, Training, require_divisible
+from moe.training.loop import Recorder, Training, layout_of
 from moe.training.machine import choose_device, choose_precision, keep_freed_memory
 from moe.training.report import write_report
 from moe.training.run_folder import RunFolder
@@ -30,6 +30,11 @@ FLAGS = {
 
 Result = TypeVar("Result")
 
+
+class OneRankError(UserError):
+    """What one rank was refused and the others, or those before it, were not: that rank says it."""
+
+
 MAY_CHANGE = (
     "training.evaluate_every",
     "training.checkpoint_every",
@@ -41,6 +46,7 @@ MAY_CHANGE = (
     "training.activation_checkpointing",
     "training.steps",
     "data.cache",
+    *(key for key in config_file.settings() if key.startswith("parallel.")),
 )
 """What may be set anew on resuming; anything else would make it another run."""
 
@@ -63,9 +69,17 @@ def main(arguments: Sequence[str], default_config: Path, recorder: Recorder | No
         if "--resume" in line.options:
             return _resume(Path(line.options["--resume"]), line.overrides, recorder)
         path = Path(line.positional[0]) if line.positional else default_config
-        return _start(config_file.load(path, line.overrides), path, recorder)
-    except (UserError, ConfigError) as error:
+        config = config_file.load(path, line.overrides)
+        if launches() and (begun := _begun(config)) is not None:
+            return _resume(begun, {}, recorder)
+        return _start(config, path, recorder)
+    except OneRankError as error:
         print(error, file=sys.stderr)
+        return 2
+    except (UserError, ConfigError) as error:
+        # Every rank reads the same files and flags, and would say the same.
+        if is_first_process():
+            print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped before the first step", file=sys.stderr)
@@ -77,7 +91,7 @@ def main(arguments: Sequence[str], default_config: Path, recorder: Recorder | No
 def _start(config: Config, path: Path, recorder: Recorder | None) -> int:
     """Prepare the corpus, make the run folder and train from the first step."""
     device, world = _join(config)
-    require_divisible(config.training, world.size)
+    layout_of(config, world)
     _all_or_none(world, lambda: RunFolder.require_free(config))
     with _console(config, world) as console:
         corpus = _in_turn(world, lambda: prepare(config.data, path.parent, console.say))
@@ -99,6 +113,29 @@ def _start(config: Config, path: Path, recorder: Recorder | None) -> int:
         finally:
             if world.is_first and (training is None or training.progress.step == 0):
                 run_folder.discard()
+
+
+def _begun(config: Config) -> Path | None:
+    """The run that a launch of ours before this one began and saved; None where it had not come so far.
+
+    ``torchrun --max-restarts`` starts all processes again, with the same flags, when one was lost. What had begun and
+    saved nothing begins anew. Raises UserError for a run without a name, which could not be found again.
+    """
+    if config.run.name is None:
+        raise UserError(
+            "run.name: is null, and torchrun --max-restarts goes on with a run by its name; give --run.name"
+        )
+    if restarts() == 0:
+        return None
+    path = Path(config.run.folder).expanduser() / config.run.name
+    if not path.exists():
+        return None
+    run = RunFolder(path)
+    if checkpoint.any_below(run.checkpoints_path):
+        return path
+    if is_first_process():
+        run.discard()
+    return None
 
 
 def _resume(path: Path, overrides: Mapping[str, str], recorder: Recorder | None) -> int:
@@ -141,7 +178,9 @@ def _train(training: Training, console: Console) -> int:
         else:
             console.say("stopped before anything was saved")
         return 130
-    if training.world.is_first:
+    model = training.whole_model()
+    if training.world.is_first and model is not None:
+        training.model = model
         console.say("")
         console.say(write_report(training))
         console.say(f"\nrun folder: {run_folder.path}")
@@ -190,10 +229,12 @@ def _all_or_none(world: World, work: Callable[[], Result]) -> Result:
         result = work()
     except UserError as error:
         refusal = error
-    refusals = int(world.sum(torch.tensor(int(refusal is not None), device=world.device)))
-    if refusal is not None:
-        raise refusal
-    if refusals:
+    refused = torch.zeros(world.size, dtype=torch.int64, device=world.device)
+    refused[world.rank] = refusal is not None
+    refused = world.sum(refused)
+    if refusal is not None and not refused[: world.rank].any():
+        raise OneRankError(str(refusal)) from refusal
+    if refused.any():
         raise SystemExit(2)
     return cast(Result, result)
 
@@ -213,6 +254,5 @@ def _join(config: Config) -> tuple[torch.device, World]:
 
 def _in_turn(world: World, work: Callable[[], PreparedCorpus]) -> PreparedCorpus:
     """What ``work`` returns, done first by the first rank, so that the others find the cache filled."""
-    result = work() if world.is_first else None
-    world.wait()
-    return work() if result is None else result
+    result = _all_or_none(world, lambda: work() if world.is_first else None)
+    return _all_or_none(world, lambda: work() if result is None else result)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from moe.config import Config, Precision, TrainingConfig
+from moe.config import Config, ConfigError, ParallelConfig, Precision, TrainingConfig
 from moe.data.batches import Batches
 from moe.data.prepare import PreparedCorpus
 from moe.errors import UserError
@@ -18,6 +18,9 @@ from moe.model.balance import adapted_coefficient
 from moe.model.routing import LoadSummary
 from moe.model.transformer import Transformer
 from moe.model.weight_dtype import keep_weights
+from moe.parallel.mesh import Mesh, build_mesh
+from moe.parallel.parallelize import parallelize
+from moe.parallel.spread import spread_of
 from moe.parallel.world import World
 from moe.training import checkpoint
 from moe.training.checkpoint import Checkpoint
@@ -99,18 +102,25 @@ class Training:
         self.config, self.corpus, self.run_folder = config, corpus, run_folder
         self.device, self.world, self.console = device, world, console
         self.precision = settings.precision
-        self.micro_batch = require_divisible(settings, world.size)
+        mesh = mesh_of(config, world, device)
+        self.sharing = sharing_of(mesh, world)
+        """those who share each batch"""
+        self.micro_batch = require_divisible(settings, self.sharing.size)
         if device.type == "cuda" and triton_is_installed():
             from moe.model.experts.fused.tiles import remember_in
 
             remember_in(run_folder.tiles_path, write=world.is_first)
         self.model = Transformer(config.model, settings.seed)
         keep_weights(self.model, settings.weight_dtype)
+        if mesh is not None:
+            parallelize(self.model, config, mesh, device)
+        self.spread = spread_of(self.model)
         self.model.to(device)
         self.model.activation_checkpointing = settings.activation_checkpointing
-        self.optimizer = build_optimizer(self.model, settings.optimizer)
+        parameters = None if self.spread is None else self.spread.parameters
+        self.optimizer = build_optimizer(self.model, settings.optimizer, parameters)
         self.step_on = TrainingStep(
-            self.model, self.optimizer, precision=self.precision, clip=settings.optimizer.clip, world=world
+            self.model, self.optimizer, precision=self.precision, clip=settings.optimizer.clip, world=self.sharing
         )
         if settings.compile:
             compile_blocks(self.model, console.say)
@@ -197,7 +207,7 @@ class Training:
     def _begin_step(self) -> StepInFlight:
         settings, step = self.config.training, self.progress.step + len(self._in_flight)
         rows = [
-            (micro * self.world.size + self.world.rank) * self.micro_batch for micro in range(settings.accumulation)
+            (micro * self.sharing.size + self.sharing.rank) * self.micro_batch for micro in range(settings.accumulation)
         ]
         micro_batches = (self._micro_batch(step, row, _seed_of(settings.seed, step, row)) for row in rows)
         return self.step_on(
@@ -234,7 +244,7 @@ class Training:
         """Write the checkpoint of this step, unless it is there; before the first step there is nothing to save."""
         if self.progress.step in (0, self.saved_step):
             return
-        if self.world.is_first:
+        if self.world.is_first or (self.spread is not None and self.spread.is_cut):
             checkpoint.save(
                 self.run_folder.checkpoints_path,
                 self.progress.step,
@@ -242,9 +252,34 @@ class Training:
                 self.optimizer,
                 asdict(self.progress),
                 self.config.training.keep_checkpoints,
+                self.world,
             )
         self.saved_step = self.progress.step
         self.world.wait()
+
+    def whole_model(self) -> Transformer | None:
+        """The model as one process has it, on the first rank, for what that does alone; None elsewhere.
+
+        All ranks must ask. Where the model is not cut it is the one that is trained.
+        """
+        if self.spread is None or not self.spread.is_cut:
+            return self.model
+        whole = None
+        if self.world.is_first:
+            whole = Transformer(self.config.model, self.config.training.seed)
+            keep_weights(whole, self.config.training.weight_dtype)
+            whole.to(self.device)
+        with torch.no_grad():
+            places = {} if whole is None else dict(whole.named_parameters())
+            for name in self.spread.parameters:
+                parameter = self.spread.whole(name)
+                if name in places:
+                    places[name].copy_(parameter)
+            buffers = {} if whole is None else dict(whole.named_buffers())
+            for name, buffer in self.model.named_buffers():
+                if name in buffers:
+                    buffers[name].copy_(buffer)
+        return None if whole is None else whole.train(self.model.training)
 
     def _adapt_sparsity(self, step: Step) -> dict[str, float]:
         """Steer the sparsity loss's coefficient by the gates of the whole step; return what this step had."""
@@ -290,6 +325,8 @@ class Training:
             self.precision,
             should_stop=lambda: alone and signal.received is not None,
         )
+        if self.spread is not None:
+            self.spread.reshard()
         if validation is None:
             return
         already_logged = self.progress.validated_step == self.progress.step
@@ -309,9 +346,12 @@ class Training:
         """Record the sample every so many steps, the first and the last among them; the first rank does."""
         every, step = self.config.training.record_every, self.progress.step
         due = every is not None and (step % every == 0 or step >= self.config.training.steps)
-        if self.recorder is not None and due and self.world.is_first and self.config.model.moe_layers:
+        if self.recorder is None or not due or not self.config.model.moe_layers:
+            return
+        model = self.whole_model()
+        if self.world.is_first and model is not None:
             self.recorder(
-                self.model,
+                model,
                 self.corpus,
                 self.run_folder.records_path,
                 step,
@@ -355,6 +395,39 @@ class Training:
 
     def _on_any_rank(self, flag: bool) -> bool:
         return flag if self.world.size == 1 else bool(self.world.sum(torch.tensor(int(flag), device=self.device)))
+
+
+def mesh_of(config: Config, world: World, device: torch.device) -> Mesh | None:
+    """The groups that ``parallel`` makes of the processes; None where each has the whole model."""
+    layout = layout_of(config, world)
+    if world.size == 1 or layout.is_single:
+        return None
+    return build_mesh(layout, world.size, device.type)
+
+
+def layout_of(config: Config, world: World) -> ParallelConfig:
+    """The layout with every size known; raises ConfigError or UserError where it does not fit processes or settings."""
+    try:
+        layout = config.parallel.over(world.size)
+    except ConfigError as error:
+        raise ConfigError(f"parallel.{error.key}", error.reason) from None
+    if layout.pipeline > 1:
+        raise UserError("parallel.pipeline: training through a pipeline is not part of this command")
+    assert layout.data is not None
+    require_divisible(config.training, layout.data)
+    if config.training.optimizer.name == "muon" and (layout.tensor > 1 or layout.shard != "replicate"):
+        raise UserError(
+            "training.optimizer.name: muon needs whole matrices; with it let parallel.shard be replicate and "
+            "parallel.tensor 1, or take adamw"
+        )
+    return layout
+
+
+def sharing_of(mesh: Mesh | None, world: World) -> World:
+    """Those who share each batch: all of ``world``, or this process's data ranks."""
+    if mesh is None:
+        return world
+    return World.alone() if mesh.data_group is None else World(mesh.data_group)
 
 
 def require_divisible(settings: TrainingConfig, n_ranks: int) -> int:

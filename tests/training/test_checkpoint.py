@@ -310,8 +310,8 @@ def test_a_renamed_checkpoint_is_refused(two: Path) -> None:
 
 def test_another_format_is_refused(two: Path) -> None:
     path = two / "step-00000002" / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    assert_falls_back(two, "manifest.json: of format 2, not 1")
+    path.write_text(path.read_text().replace('"format": 1', '"format": 3'))
+    assert_falls_back(two, "manifest.json: of format 3, not 1 or 2")
 
 
 def test_where_every_checkpoint_is_damaged_the_user_is_told(two: Path) -> None:

@@ -283,8 +283,8 @@ def test_a_step_that_is_not_finite_changes_nothing(
     if where == "gradient":
         poison_gradient(training, [1], value)
     else:
-        real = step_module.head_loss
-        monkeypatch.setattr(step_module, "head_loss", lambda *arguments: real(*arguments) * value)
+        real = step_module.model_loss
+        monkeypatch.setattr(step_module, "model_loss", lambda *arguments: real(*arguments) * value)
 
     step = training.take_step()
 
