@@ -43,6 +43,13 @@ def generate_command(arguments: Sequence[str]) -> int:
     return generate(arguments)
 
 
+def serve_command(arguments: Sequence[str]) -> int:
+    """``python -m moe serve RUN`` (:mod:`moe.inference.server.command`)."""
+    from moe.inference.server.command import serve_command as serve
+
+    return serve(arguments)
+
+
 def check_router_command(arguments: Sequence[str]) -> int:
     """``python -m moe check-router [PRESET | CONFIG.yaml | RUN]``: does what a router declares hold?"""
     usage = "python -m moe check-router [PRESET | CONFIG.yaml | RUN] [--edits N] [--seed N] [--model.KEY VALUE ...]"
@@ -153,6 +160,7 @@ def plan_command(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "generate": (generate_command, "continue a text with the model of a run"),
+    "serve": (serve_command, "answer HTTP requests as OpenAI's completions do, for experiments"),
     "check-router": (check_router_command, "does a router see later tokens, or other sequences?"),
     "presets": (presets_command, "the published routers that a name stands for"),
     "study": (study_command, "where do tokens go, and why? a page, numbers and findings"),

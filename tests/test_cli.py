@@ -342,7 +342,18 @@ def test_help_names_the_commands(command: Command, arguments: list[str]) -> None
     assert (status, errors) == (0, "")
     title, blank, *lines = output.splitlines()
     assert (title, blank) == ("python -m moe COMMAND [--help]", "")
-    commands = ["generate", "check-router", "presets", "study", "import", "export", "evaluate", "plan", "bench"]
+    commands = [
+        "generate",
+        "serve",
+        "check-router",
+        "presets",
+        "study",
+        "import",
+        "export",
+        "evaluate",
+        "plan",
+        "bench",
+    ]
     assert [line.split()[0] for line in lines] == commands
     assert all(len(line.split()) > 3 for line in lines)
 
@@ -408,6 +419,10 @@ MISTAKES = {
     "device": (["generate", "RUN", *P, "--device", "tpu"], "--device is tpu, and must be auto, cpu or cuda"),
     "too long": (["generate", "RUN", "--prompt", "sheep " * 99], "a prompt of "),
     "too many": (["generate", "RUN", *P, "--tokens", "64"], "a prompt of "),
+    "no run to serve": (["serve"], "one run folder is needed, and 0 were given"),
+    "no port": (["serve", "RUN", "--port", "70000"], "--port is 70000, and must be from 0 to 65535"),
+    "no address": (["serve", "RUN", "--host", "256.1.1.1"], "256.1.1.1:8000 cannot be listened on ("),
+    "no texts": (["serve", "RUN", "--batch-size", "0"], "--batch-size is 0, and must be 1 or more"),
     "no preset": (
         ["check-router", "deepseek_v4"],
         "deepseek_v4 is neither a preset nor a configuration file nor a run; did you mean deepseek_v",
