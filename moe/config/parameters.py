@@ -81,7 +81,8 @@ def count_parameters(config: "ModelConfig") -> Parameters:
     """
     require(config.vocab_size is not None, "vocab_size", "is null: give it, or fill it in from a tokenizer")
     assert config.vocab_size is not None
-    mixtures, d_model = len(config.moe_layers), config.d_model
+    moe_layers, d_model = frozenset(config.moe_layers), config.d_model
+    mixtures = len(moe_layers)
     per_expert = mlp_parameters(config.feed_forward, d_model, config.experts.d_ff)
     shared = 0
     if config.shared.n_experts:
@@ -94,7 +95,7 @@ def count_parameters(config: "ModelConfig") -> Parameters:
         dense=sum(
             mlp_parameters(config.feed_forward, d_model, config.dense_width(layer))
             for layer in range(config.n_layers)
-            if layer not in config.moe_layers
+            if layer not in moe_layers
         ),
         experts=mixtures * config.experts.n_experts * per_expert,
         shared=mixtures * shared,

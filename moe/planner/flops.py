@@ -57,7 +57,8 @@ def count_flops(model: ModelConfig, sequence: int | None = None) -> Flops:
     """The arithmetic of a token in a sequence of ``sequence`` tokens (None: ``max_seq``)."""
     sequence = model.max_seq if sequence is None else sequence
     d_model, attention = model.d_model, model.attention
-    mixtures = len(model.moe_layers)
+    moe_layers = frozenset(model.moe_layers)
+    mixtures = len(moe_layers)
     latent = attention.latent
     plain = replace(attention, bias=False, output_bias=None, qk_norm="none", sinks=False)
     projections = attention_parameters(plain, d_model)
@@ -69,7 +70,7 @@ def count_flops(model: ModelConfig, sequence: int | None = None) -> Flops:
     dense = sum(
         mlp_parameters(mlp, d_model, model.dense_width(layer))
         for layer in range(model.n_layers)
-        if layer not in model.moe_layers
+        if layer not in moe_layers
     )
     parts = model.parameters()
     router = parts.router - mixtures * (model.router.bias * model.routed_experts)

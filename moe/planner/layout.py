@@ -72,23 +72,24 @@ def layout_in_words(text: str, base: ParallelConfig) -> Layout:
     return replace(layout, zero=int(levels[-1][-1])) if levels else layout
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slice:
-    """The parameters that one device works with, after tensor and expert parallelism and before any sharing."""
+@dataclass(frozen=True)
+class Share:
+    """Parameters that one device works with, of a block or of all it has, after tensor and expert parallelism and
+    before any sharing."""
 
     dense: int
     """of everything but routed experts"""
     experts: int
     precise: int
     """of `dense`, those that stay float32 whatever the weights are: routers, norms, special experts"""
-    has_head: bool
-    largest_block: int
-    """parameters of the largest of its blocks"""
 
     @property
     def total(self) -> int:
         """All of them."""
         return self.dense + self.experts
+
+    def __add__(self, other: "Share") -> "Share":
+        return Share(self.dense + other.dense, self.experts + other.experts, self.precise + other.precise)
 
 
 def layers_of(model: ModelConfig, layout: Layout, rank: int) -> list[int]:
@@ -99,40 +100,48 @@ def layers_of(model: ModelConfig, layout: Layout, rank: int) -> list[int]:
     return [layer for stage, first in firsts.items() for layer in range(first, first + size + (stage < extra))]
 
 
-def slice_of(model: ModelConfig, layout: Layout, stage: int) -> Slice:
-    """What a device of pipeline rank ``stage`` has."""
-    layers = layers_of(model, layout, stage)
+def share_of(model: ModelConfig, layout: Layout, rank: int) -> Share:
+    """What a device of pipeline rank ``rank`` has: its blocks, at the ends embedding and head as well."""
+    layers = layers_of(model, layout, rank)
+    alike = {model.is_moe_layer(layer): layer for layer in layers}
+    of_kind = {kind: share_of_block(model, layout, layer) for kind, layer in alike.items()}
+    share = share_of_embedding(model, layout, rank) + share_of_head(model, layout, rank)
+    return sum((of_kind[model.is_moe_layer(layer)] for layer in layers), share)
+
+
+def share_of_block(model: ModelConfig, layout: Layout, layer: int) -> Share:
+    """One block's."""
     counted, tensor, d_model = model.parameters(), layout.tensor, model.d_model
-    norm = counted.norms // (2 * model.n_layers + 1)
-    mixtures = max(1, len(model.moe_layers))
-    router = (counted.router + counted.special) // mixtures
+    norms = 2 * _norm(model)
     attention = _ceil(attention_parameters(model.attention, d_model), tensor) + _repeated_keys(model, tensor)
-    dense = experts = precise = largest = 0
-    for layer in layers:
-        block_dense, block_experts = attention + 2 * norm, 0
-        precise += 2 * norm
-        if layer in model.moe_layers:
-            block_experts = _ceil(model.experts.n_experts * counted.per_expert, tensor * layout.expert)
-            block_dense += router + _ceil(counted.shared // mixtures, tensor)
-            precise += router
-        else:
-            block_dense += _ceil(mlp_parameters(model.feed_forward, d_model, model.dense_width(layer)), tensor)
-        dense, experts = dense + block_dense, experts + block_experts
-        largest = max(largest, block_dense + block_experts)
-    first, last = stage == 0, stage == layout.pipeline - 1
-    if first:
-        dense += _ceil(counted.embedding, tensor) + counted.positions
-    if last:
-        tied_elsewhere = counted.embedding if model.tie_embeddings and not first else 0
-        dense += _ceil(counted.head + tied_elsewhere, tensor) + norm
-        precise += norm
-    return Slice(
-        dense=dense,
-        experts=experts,
-        precise=precise,
-        has_head=last,
-        largest_block=largest,
-    )
+    if layer not in model.moe_layers:
+        mlp = _ceil(mlp_parameters(model.feed_forward, d_model, model.dense_width(layer)), tensor)
+        return Share(attention + norms + mlp, 0, norms)
+    mixtures = len(model.moe_layers)
+    router = (counted.router + counted.special) // mixtures
+    shared = _ceil(counted.shared // mixtures, tensor)
+    experts = _ceil(model.experts.n_experts * counted.per_expert, tensor * layout.expert)
+    return Share(attention + norms + router + shared, experts, norms + router)
+
+
+def share_of_embedding(model: ModelConfig, layout: Layout, rank: int) -> Share:
+    """The embedding's, which the first pipeline rank has."""
+    counted = model.parameters()
+    return Share(_ceil(counted.embedding, layout.tensor) + counted.positions if rank == 0 else 0, 0, 0)
+
+
+def share_of_head(model: ModelConfig, layout: Layout, rank: int) -> Share:
+    """The head's and the last norm's, which the last pipeline rank has; a tied head is there once more if that is not
+    the first."""
+    if rank != layout.pipeline - 1:
+        return Share(0, 0, 0)
+    counted = model.parameters()
+    again = counted.embedding if model.tie_embeddings and rank > 0 else 0
+    return Share(_ceil(counted.head + again, layout.tensor) + _norm(model), 0, _norm(model))
+
+
+def _norm(model: ModelConfig) -> int:
+    return model.parameters().norms // (2 * model.n_layers + 1)
 
 
 def _repeated_keys(model: ModelConfig, tensor: int) -> int:

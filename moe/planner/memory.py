@@ -1,16 +1,26 @@
-"""What a device holds at the peak of a training step, from what our modules keep.
+"""What a device holds at the peak of a training step, from what our modules keep on a GPU.
 
 Weights, gradients and the optimizer's state are counted. What autograd keeps is added up module by module, in the order
 of moe/model: each function below says which tensors of which layer it means. `dtype` is the number of bytes of a matrix
-product's operands (2 for bfloat16), `stream` that of the residual stream: under autocast over float32 weights it is 4.
+product's operands (2 for bfloat16), `stream` that of the residual stream, which is that of the weights: under autocast
+over float32 weights it is 4. :mod:`moe.rehearsal` follows the same step tensor by tensor; tests hold one against the
+other.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe.config import Checkpointing, ModelConfig, TrainingConfig, WeightDtype
-from moe.config.parameters import hidden_rows
-from moe.planner.layout import Layout, Slice, layers_of, slice_of
+from moe.config.parameters import attention_parameters, hidden_rows
+from moe.planner.layout import (
+    Layout,
+    Share,
+    layers_of,
+    share_of,
+    share_of_block,
+    share_of_embedding,
+    share_of_head,
+)
 
 Recipe = Literal["fp32", "bf16", "mixed", "mixed_fp32_gradients"]
 
@@ -114,50 +124,69 @@ def step_of(training: TrainingConfig, sequence: int, layout: Layout) -> Step:
 # ----------------------------------------------------------------------------------------------------- a whole device
 
 
-def memory_of(model: ModelConfig, layout: Layout, step: Step, stage: int = 0) -> Memory:
-    """The peak of pipeline rank ``stage``.
+def memory_of(model: ModelConfig, layout: Layout, step: Step, rank: int = 0) -> Memory:
+    """The peak of pipeline rank ``rank``.
 
-    The peak is the largest of three moments: the loss, when all activations are there; the backward pass of each block,
-    which gives gradients and takes activations; the optimizer.
+    The peak is the largest of these moments: the loss, when all activations are there; the experts' gradients of each
+    block on the way back, which takes activations away and brings gradients; the gradient of the embedding.
     """
-    part = slice_of(model, layout, stage)
-    weights, gradients, optimizer = persistent(part, layout, step)
-    blocks = [layer_bytes(model, layout, step, layer) for layer in layers_of(model, layout, stage)]
-    in_flight = micro_batches_in_flight(layout, step, stage)
-    kept = sum(block.kept for block in blocks) + ends(model, layout, step, part)
-    gathered = gathered_weights(part, layout, step)
-    waiting = (in_flight - 1) * kept  # of other micro-batches of the pipeline
-    accumulated = gradients if step.n_micro_batches > 1 else 0.0
+    layers = layers_of(model, layout, rank)
+    weights, gradients, optimizer = persistent(share_of(model, layout, rank), layout, step)
+    # Blocks of one kind are alike: mixtures, and dense ones.
+    alike = {model.is_moe_layer(layer): layer for layer in layers}
+    of_kind = {kind: share_of_block(model, layout, layer) for kind, layer in alike.items()}
+    bytes_of_kind = {kind: block_bytes(model, layout, step, layer) for kind, layer in alike.items()}
+    shares = {layer: of_kind[model.is_moe_layer(layer)] for layer in layers}
+    blocks = {layer: bytes_of_kind[model.is_moe_layer(layer)] for layer in layers}
+    head, embedding = share_of_head(model, layout, rank), share_of_embedding(model, layout, rank)
+    head_gradients = persistent(head, layout, step)[1]
+    accumulates = step.n_micro_batches > 1
 
-    head_gradient = head_loss_kept(model, layout, step) if part.has_head else 0.0
-    moments = [
-        (accumulated, waiting + kept, gathered + (head_loss_buffers(model, layout, step) if part.has_head else 0.0))
-    ]
-    share = gradients / max(1, len(blocks))
-    left = kept
-    for number, block in enumerate(reversed(blocks)):
-        so_far = accumulated or share * number
-        moments.append((so_far, waiting + left, gathered + head_gradient * (number == 0) + block.backward))
-        left -= block.kept
-    moments.append((gradients, waiting, 0.0))
+    kept = sum(block.kept for block in blocks.values()) + ends_kept(model, step)
+    # Of the pipeline's other micro-batches, and the last one's hidden states, which the step has a name for.
+    waiting = (micro_batches_in_flight(layout, step, rank) - 1) * kept
+    hidden = step.tokens * model.d_model * step.stream if head.total else 0.0
+    gathered = gathered_weights(max((share.total for share in shares.values()), default=0), layout, step)
+
+    moments: list[tuple[float, float, float]] = []
+    before = gradients if accumulates else 0.0
+    if layers:
+        moments.append((before, waiting + kept, gathered + blocks[layers[-1]].forward))
+    if head.total:
+        activations = waiting + kept + hidden + last_norm_kept(model, layout, step)
+        moments.append((before, activations, gathered + head_loss_bytes(model, layout, step)))
+    left, so_far = kept, head_gradients
+    for layer in reversed(layers):
+        own = persistent(shares[layer], layout, step)[1]
+        for moment in blocks[layer].backward:
+            there = gradients if accumulates else so_far + moment.gradients * (layout.zero < 2)
+            passing = moment.passing + moment.gradients * (accumulates or layout.zero >= 2)
+            buffers = gathered + blocks[layer].again + moment.buffers + passing
+            # What is gone was kept, or computed again.
+            moments.append((there, waiting + hidden + left, buffers - moment.gone))
+        so_far += own
+        left -= blocks[layer].kept
+    table = persistent(embedding, layout, step)[1] if embedding.total else 0.0
+    again = table if accumulates or (model.tie_embeddings and head.total) else 0.0
+    moments.append((gradients, waiting + hidden + left, step.tokens * model.d_model * step.stream + again))
     peak = max(moments, key=sum)
     return Memory(weights=weights, optimizer=optimizer, gradients=peak[0], activations=peak[1], buffers=peak[2])
 
 
 def largest(model: ModelConfig, layout: Layout, step: Step) -> tuple[int, Memory]:
     """The pipeline rank that holds most, and what it holds."""
-    stages = {0, layout.pipeline // 2, layout.pipeline - 1}
-    return max(((stage, memory_of(model, layout, step, stage)) for stage in stages), key=lambda one: one[1].total)
+    ranks = {0, layout.pipeline // 2, layout.pipeline - 1}
+    return max(((rank, memory_of(model, layout, step, rank)) for rank in ranks), key=lambda one: one[1].total)
 
 
-def persistent(part: Slice, layout: Layout, step: Step) -> tuple[float, float, float]:
+def persistent(share: Share, layout: Layout, step: Step) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimizer state: what stays from step to step, and gradients at their fullest."""
     narrow = RECIPES[step.recipe]
     wide = RECIPES["fp32"] if step.recipe == "bf16" else narrow
 
     def of(narrow: int, wide: int, shared: bool) -> float:
-        dense = narrow * (part.dense - part.precise) + wide * part.precise
-        experts = narrow * part.experts
+        dense = narrow * (share.dense - share.precise) + wide * share.precise
+        experts = narrow * share.experts
         if shared:
             return dense / layout.sharing + experts / layout.sharing_experts()
         return float(dense + experts)
@@ -169,68 +198,157 @@ def persistent(part: Slice, layout: Layout, step: Step) -> tuple[float, float, f
     )
 
 
-def micro_batches_in_flight(layout: Layout, step: Step, stage: int) -> float:
+def micro_batches_in_flight(layout: Layout, step: Step, rank: int) -> float:
     """Micro-batches whose activations a pipeline rank holds (Narayanan et al. 2021, section 2.2).
 
     1F1B: as many as ranks follow, itself included. With v stages a rank: 1 + (p - 1) / (p v) times p at the first.
     """
     if layout.pipeline == 1:
         return 1
-    warm_up: float = layout.pipeline - stage
+    warm_up: float = layout.pipeline - rank
     if layout.stages > 1:
-        warm_up = (2 * (layout.pipeline - stage - 1) + (layout.stages - 1) * layout.pipeline + 1) / layout.stages
+        warm_up = (2 * (layout.pipeline - rank - 1) + (layout.stages - 1) * layout.pipeline + 1) / layout.stages
     return float(min(step.n_micro_batches, warm_up))
 
 
-def gathered_weights(part: Slice, layout: Layout, step: Step) -> float:
+def gathered_weights(largest_block: int, layout: Layout, step: Step) -> float:
     """With ZeRO-3: the whole weights of two blocks, one that computes and one that is fetched, and one's gradients."""
-    return 3.0 * part.largest_block * step.dtype if layout.zero == 3 and layout.sharing > 1 else 0.0
+    return 3.0 * largest_block * step.dtype if layout.zero == 3 and layout.sharing > 1 else 0.0
+
+
+def w_in_share(model: ModelConfig) -> float:
+    """What of an expert's parameters W_in is."""
+    rows = hidden_rows(model.feed_forward, model.experts.d_ff)
+    return rows / (rows + model.experts.d_ff)
 
 
 # ------------------------------------------------------------------------------------------------------------ a block
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """One moment of a block's backward pass, in bytes."""
+
+    buffers: float
+    """what the pass has in hand"""
+    gone: float = 0.0
+    """of what was kept or computed again"""
+    gradients: float = 0.0
+    """of the experts, as they will stay; or to be added to those that are there"""
+    passing: float = 0.0
+    """of the experts, in the products' dtype, on the way to float32"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockBytes:
     """One block's bytes on one device for one micro-batch."""
 
     kept: float
     """from forward to backward"""
-    backward: float
-    """on top of that while its backward pass runs, what is computed again included"""
+    forward: float
+    """on top of that before its MLPs' output is there"""
+    again: float
+    """what the backward pass computes again"""
+    backward: tuple[Moment, ...]
 
 
-def layer_bytes(model: ModelConfig, layout: Layout, step: Step, layer: int) -> BlockBytes:
-    """What block ``layer`` keeps, and needs on the way back, under the checkpointing policy."""
-    tokens = step.tokens
-    attention = tokens * attention_kept(model, layout, step) + _cast_weights(model, layout, step, "attention")
-    stream = tokens * model.d_model * step.stream / layout.tensor
-    if layer in model.moe_layers:
-        routing = tokens * routing_kept(model)
-        mlp_input = tokens * norm_and_input_kept(model, layout, step, is_mixture=True)
-        mlp = tokens * experts_kept(model, layout, step) + _cast_weights(model, layout, step, "experts")
-        transient = tokens * experts_backward(model, layout, step)
+def block_bytes(model: ModelConfig, layout: Layout, step: Step, layer: int) -> BlockBytes:
+    """What block ``layer`` keeps, and needs on the way back, under the checkpointing policy.
+
+    A bfloat16 stream is not kept by what reads it, since norms have a float32 copy of it; a checkpoint keeps it. On the
+    way back there are the shared experts first, then the routed ones (or a dense MLP), then attention.
+    """
+    tokens, t = step.tokens, layout.tensor
+    width = tokens * model.d_model / t
+    stream = width * step.stream
+    attention_copies, mlp_copies = _weight_copies(model, layout, step, layer)
+    attention = tokens * attention_kept(model, layout, step) + attention_copies
+    mixture = layer in model.moe_layers
+    mlp_input = tokens * norm_and_input_kept(model, layout, step, is_mixture=mixture)
+    routing = tokens * routing_kept(model) if mixture else 0.0
+    shared = tokens * mlp_kept(model, model.shared_width, step) / t if mixture else 0.0
+    moments: list[Moment] = []
+    if mixture:
+        mlp = tokens * experts_kept(model, layout, step) + mlp_copies
+        forward = tokens * experts_forward(model, layout, step)
+        moments += [Moment(buffers=stream + tokens * mlp_backward(model, model.shared_width, step) / t)] * (shared > 0)
+        moments += experts_moments(model, layout, step, layer, mlp, shared)
     else:
-        width = model.dense_width(layer)
-        routing, mlp_input = 0.0, tokens * norm_and_input_kept(model, layout, step, is_mixture=False)
-        mlp = tokens * mlp_kept(model, width, step) / layout.tensor
-        transient = tokens * mlp_backward(model, width, step) / layout.tensor
-    # A bfloat16 stream is not kept by what reads it: norms keep their float32 copy of it.
-    everything = attention + mlp_input + mlp + routing
+        mlp = tokens * mlp_kept(model, model.dense_width(layer), step) / t + mlp_copies
+        forward = width * step.dtype
+        moments.append(Moment(buffers=stream + tokens * mlp_backward(model, model.dense_width(layer), step) / t))
+    before_attention = mlp + shared + mlp_input
+    moments.append(
+        Moment(
+            buffers=stream + tokens * attention_backward(model, layout, step),
+            gone=before_attention,
+            gradients=step.dtype * share_of_block(model, layout, layer).experts * (not step.casts_weights),
+            passing=4.0 * share_of_block(model, layout, layer).experts * step.casts_weights,
+        )
+    )
+    everything = attention + mlp_input + mlp + shared + routing
+    kept, again = everything, 0.0
     if step.checkpointing == "block":
-        return BlockBytes(stream + routing, everything + transient)
-    if step.checkpointing == "experts":
-        return BlockBytes(everything - mlp, mlp + transient)
-    if step.checkpointing == "attention":
-        return BlockBytes(everything - attention + stream, max(attention, transient))
-    return BlockBytes(everything, transient)
+        # Where the stream is float32, the first norm reads what the checkpoint kept.
+        kept, again = stream + routing, everything - stream * (step.stream == 4)
+    elif step.checkpointing == "experts":
+        kept, again = (everything - mlp, mlp)
+    elif step.checkpointing == "attention":
+        kept = everything - attention + stream
+        moments[-1] = replace(moments[-1], gone=before_attention - attention)
+    forward += 3 * stream  # what came in, what attention added to it, and the sum
+    return BlockBytes(kept=kept, forward=forward + everything - kept, again=again, backward=tuple(moments))
+
+
+def experts_moments(
+    model: ModelConfig, layout: Layout, step: Step, layer: int, kept: float, gone: float
+) -> list[Moment]:
+    """The backward pass of the routed experts, which ``kept`` so many bytes; ``gone`` is what was gone before.
+
+    Kernels return gradients in the products' dtype. Where weights are of that dtype these are the gradients; where they
+    are float32, they are cast one after the other, W_in's last, when what the experts kept is gone.
+    """
+    tokens, k, d_model = step.tokens, model.mlps_per_token, model.d_model
+    experts = share_of_block(model, layout, layer).experts
+    returned = float(step.dtype * experts)
+    stays = not step.casts_weights
+    beside = tokens * d_model * step.stream / layout.tensor
+    if _grouped(model, step):
+        rows = tokens * k / layout.tensor
+        hidden = hidden_rows(model.feed_forward, model.experts.d_ff)
+        moments = [
+            # The combine's: the output's gradient in float32, and what gives that of the weights.
+            Moment(buffers=beside + 8 * rows * d_model, gone=gone),
+            # W_in's: only the sorted input is left.
+            Moment(
+                buffers=beside + step.dtype * rows * (hidden + 2 * d_model),
+                gone=gone + kept,
+                gradients=returned * stays,
+                passing=returned * (not stays),
+            ),
+        ]
+    else:
+        moments = [
+            Moment(
+                buffers=beside + tokens * experts_backward(model, layout, step),
+                gone=gone,
+                gradients=returned * stays,
+                passing=returned * (not stays),
+            )
+        ]
+    if step.casts_weights:
+        w_in, many = w_in_share(model), step.n_micro_batches > 1
+        cast = returned * w_in + 4 * experts * (w_in if many else 1)
+        after = beside + tokens * d_model * step.dtype / layout.tensor
+        moments.append(Moment(buffers=after, gone=gone + kept, passing=cast))
+    return moments
 
 
 def attention_kept(model: ModelConfig, layout: Layout, step: Step) -> float:
     """Bytes a token: the norm's float32 input, the projections' input, queries, keys, values, output, log-sums.
 
-    Under tensor parallelism the projections' input is the whole sequence, gathered; with one key head all ranks have
-    it.
+    Under autocast each projection has a cast of its input to itself. Under tensor parallelism that input is the whole
+    sequence, gathered, and a lone key head is on all ranks.
     """
     a, t, d_model = model.attention, layout.tensor, model.d_model
     norm = 4 * (d_model + 1) / t
@@ -261,8 +379,8 @@ def norm_and_input_kept(model: ModelConfig, layout: Layout, step: Step, *, is_mi
 def routing_kept(model: ModelConfig) -> float:
     """Bytes a token of a :class:`~moe.model.routing.Routing` and its sorting, which lives until the step's end.
 
-    Logits and scores in float32, the losses' softmax among them; of each choice the expert (int64), the weight
-    (float32), and its row in the sorted order and back (int32).
+    Logits and scores in float32; of each choice the expert (int64), the weight (float32), and its row in the sorted
+    order and back (int32).
     """
     return 8 * model.routed_experts + (8 + 4 + 4 + 4) * model.experts_per_token
 
@@ -270,74 +388,106 @@ def routing_kept(model: ModelConfig) -> float:
 def experts_kept(model: ModelConfig, layout: Layout, step: Step) -> float:
     """Bytes a token: the fused kernels keep the pre-activation of each assignment, and nothing else but their input.
 
-    With biases the experts fall back to grouped products, which keep their sorted input, the pre-activation, the
-    activation and its factor, and the output once more in float32 for its weight. With expert parallelism the rows that
-    arrived are kept as well: as many as were sent, where the load is even.
+    Grouped products keep their sorted input, the pre-activation, what the activation is made of, and the output once
+    more in float32 for its weight. With expert parallelism the rows that arrived are kept as well: as many as were
+    sent, where the load is even.
     """
     k, d_model, f = model.mlps_per_token, model.d_model, model.experts.d_ff
     rows = hidden_rows(model.feed_forward, f) / layout.tensor
     kept = step.dtype * k * rows
-    if model.feed_forward.bias:
-        gate = f / layout.tensor if rows > f / layout.tensor else 0
-        kept += step.dtype * k * (d_model + f / layout.tensor + gate) + 4 * k * d_model
+    if _grouped(model, step):
+        kept += step.dtype * k * (d_model + _activation_parts(model) * f / layout.tensor) + 4 * k * d_model
     if layout.expert > 1:
         kept += 2 * step.dtype * k * d_model / layout.tensor
-    if model.shared.n_experts:
-        kept += mlp_kept(model, model.shared_width, step) / layout.tensor
     return kept
 
 
+def experts_forward(model: ModelConfig, layout: Layout, step: Step) -> float:
+    """Bytes a token at the end of the experts' forward pass: the activation and the output of each assignment; for
+    grouped products the output twice, once more in float32, and its sum."""
+    k, d_model, f = model.mlps_per_token, model.d_model, model.experts.d_ff
+    if _grouped(model, step):
+        return (2 * step.dtype + 4) * k * d_model + 4 * d_model
+    return step.dtype * k * (f / layout.tensor + d_model) + step.stream * d_model
+
+
 def experts_backward(model: ModelConfig, layout: Layout, step: Step) -> float:
-    """Bytes a token while the experts' backward pass runs: the activation again, the gradient of the pre-activation,
-    a row of the model's width for each assignment, and gradients of the layer's input and output."""
+    """Bytes a token while the fused kernels' backward pass runs: the activation again, the gradient of the
+    pre-activation, a row of the model's width for each assignment, and the input's gradient; where the stream is wider
+    than the products, a cast of the gradient that comes in."""
     k, d_model, f = model.mlps_per_token, model.d_model, model.experts.d_ff
     rows = (hidden_rows(model.feed_forward, f) + f) / layout.tensor
-    return step.dtype * (k * rows + k * d_model + 3 * d_model)
+    cast = d_model * step.dtype if step.casts_weights else 0
+    return step.dtype * (k * (rows + d_model) + d_model) + cast
+
+
+def attention_backward(model: ModelConfig, layout: Layout, step: Step) -> float:
+    """Bytes a token while flash attention's backward pass runs: gradients of output, queries, keys and values, those of
+    the queries in float32 as well, and of grouped heads those of keys and values for each query head."""
+    a, t = model.attention, layout.tensor
+    heads = a.n_heads / t
+    queries, output = heads * a.query_dim, heads * a.value_dim
+    repeated = a.kv_heads < a.n_heads and not a.is_latent
+    keys = (queries + output) / (a.n_heads / max(1, a.kv_heads) if repeated else 1)
+    return step.dtype * (queries + output + keys + (queries + output) * repeated) + 4 * queries
+
+
+def _grouped(model: ModelConfig, step: Step) -> bool:
+    """Whether the experts are grouped products: the fused kernels have no biases, and no float32."""
+    return model.feed_forward.bias or not step.bf16
+
+
+def _activation_parts(model: ModelConfig) -> int:
+    """Tensors of an MLP's hidden width that its activation keeps, its result among them (moe.model.feed_forward)."""
+    return {"swiglu": 2, "swiglu_clamped": 5}.get(model.feed_forward.activation, 1)
 
 
 def mlp_kept(model: ModelConfig, width: int, step: Step) -> float:
-    """Bytes a token of one dense MLP: the pre-activation, the activation, and the gate's own activation."""
-    rows = hidden_rows(model.feed_forward, width)
-    gate = width if rows > width else 0
-    return float(step.dtype * (rows + width + gate))
+    """Bytes a token of one dense MLP: the pre-activation and what the activation is made of."""
+    return float(step.dtype * (hidden_rows(model.feed_forward, width) + _activation_parts(model) * width))
 
 
 def mlp_backward(model: ModelConfig, width: int, step: Step) -> float:
-    """Bytes a token while a dense MLP's backward pass runs: gradients of activation and pre-activation."""
-    return float(step.dtype * (hidden_rows(model.feed_forward, width) + width + 2 * model.d_model))
+    """Bytes a token on top of that while a dense MLP's backward pass runs: gradients of the activation and of the
+    pre-activation, when the activation itself is gone."""
+    return float(step.dtype * hidden_rows(model.feed_forward, width))
 
 
-def _cast_weights(model: ModelConfig, layout: Layout, step: Step, part: Literal["attention", "experts"]) -> float:
-    """Bytes of one block's weights in bfloat16, which autograd keeps where they are float32."""
+def _weight_copies(model: ModelConfig, layout: Layout, step: Step, layer: int) -> tuple[float, float]:
+    """Bytes of a block's weights in bfloat16, attention's and MLPs', which autograd keeps where they are float32."""
     if not step.casts_weights:
-        return 0.0
-    counted = model.parameters()
-    if part == "attention":
-        return step.dtype * counted.attention / model.n_layers / layout.tensor
-    return step.dtype * model.experts.n_experts * counted.per_expert / layout.tensor / layout.expert
+        return 0.0, 0.0
+    share = share_of_block(model, layout, layer)
+    attention = attention_parameters(model.attention, model.d_model) / layout.tensor
+    return step.dtype * attention, step.dtype * (share.total - share.precise - attention)
 
 
 # --------------------------------------------------------------------------------------------- embedding, head and loss
 
 
-def ends(model: ModelConfig, layout: Layout, step: Step, part: Slice) -> float:
-    """What is kept outside the blocks: token ids, the rotation, and before the head the norm's float32 input."""
-    kept = 8.0 * 2 * step.tokens + 8.0 * step.sequence * model.attention.rotated_dim / 2
-    if part.has_head:
-        kept += step.tokens * 4 * (model.d_model + 1) / layout.tensor
-        kept += head_loss_kept(model, layout, step)
-    return kept
+def ends_kept(model: ModelConfig, step: Step) -> float:
+    """What is kept beside the blocks: token ids and targets, and cosine and sine of the rotation."""
+    rotation = 4.0 * step.sequence * model.attention.rotated_dim if model.positions == "rotary" else 0.0
+    return 8.0 * 2 * step.tokens + rotation
 
 
-def head_loss_kept(model: ModelConfig, layout: Layout, step: Step) -> float:
-    """The gradients that moe/training/head_loss.py has ready: of the hidden states, and of the head's matrix."""
+def last_norm_kept(model: ModelConfig, layout: Layout, step: Step) -> float:
+    """The float32 input of the norm before the head."""
+    return step.tokens * 4 * (model.d_model + 1) / layout.tensor
+
+
+def head_loss_bytes(model: ModelConfig, layout: Layout, step: Step) -> float:
+    """The most that moe/training/head_loss.py has in hand: the matrix's gradient in float32, that of the hidden states,
+    and either two blocks of logits (one that is left and one that comes) or one and its product, as large as the matrix
+    in float32; at the end the matrix's gradient in the weights' dtype. Copies in the products' dtype where weights are
+    float32."""
     vocabulary = (model.vocab_size or 0) / layout.tensor
-    return step.tokens * model.d_model * step.stream + vocabulary * model.d_model * RECIPES[step.recipe].weight
-
-
-def head_loss_buffers(model: ModelConfig, layout: Layout, step: Step) -> float:
-    """Until they are ready: a block of logits, the matrix's gradient in float32, and rows in the products' dtype."""
-    vocabulary = (model.vocab_size or 0) / layout.tensor
-    rows = min(step.tokens, HEAD_BLOCK / (4 * vocabulary))
-    block = rows * vocabulary * step.dtype
-    return block + 4 * vocabulary * model.d_model + step.tokens * model.d_model * step.dtype
+    hidden, matrix = step.tokens * model.d_model, vocabulary * model.d_model
+    rows = max(1, HEAD_BLOCK // (4 * vocabulary))
+    block = min(step.tokens, rows) * vocabulary * step.dtype
+    product = 4 * matrix if step.dtype != 4 else 0
+    copies = step.dtype * (hidden + matrix) if step.casts_weights else 0
+    at_once = max(block + product, 2 * block if step.tokens > rows else 0)
+    last = (step.tokens % rows or min(step.tokens, rows)) * vocabulary * step.dtype
+    leaving = last + step.stream * hidden * (step.stream != step.dtype) + step.stream * matrix * (step.stream != 4)
+    return copies + 4 * matrix + step.dtype * hidden + max(at_once, leaving)

@@ -6,7 +6,7 @@ from typing import Literal
 from moe.config import ModelConfig
 from moe.planner.devices import Device
 from moe.planner.flops import Counting, count_flops
-from moe.planner.layout import Layout, slice_of
+from moe.planner.layout import Layout, share_of
 from moe.planner.memory import Memory, Step, largest, memory_of
 from moe.planner.search import Candidate
 from moe.planner.serving import Server, cost_per_thousand, distinct_experts, kv_bytes_of_sequence, kv_bytes_per_token
@@ -174,7 +174,7 @@ def memory_section(question: Question) -> Section:
     fits = "fits" if memory.total <= room else f"does not fit {question.device.name}"
     rows = [
         Row("devices", "devices of the layout", layout.devices, "count"),
-        Row("parameters", "parameters on the device", slice_of(model, layout, stage).total, "parameters"),
+        Row("parameters", "parameters on the device", share_of(model, layout, stage).total, "parameters"),
         Row("weights", "weights", memory.weights, "bytes"),
         Row("gradients", "gradients", memory.gradients, "bytes"),
         Row("optimizer", "optimizer's state", memory.optimizer, "bytes"),
@@ -273,7 +273,7 @@ def search_section(candidates: list[Candidate], devices: int) -> Section:
     for number, one in enumerate(candidates, start=1):
         words = f"{one.layout.words()}, {one.step.n_micro_batches} x {one.step.micro_batch}"
         words += f", checkpointing {one.step.checkpointing}"
-        note = f"{one.memory.total / 1e9:.1f} GB, {one.time.total:.1f} s a step, MFU {one.time.mfu:.1%}"
+        note = f"{one.memory.total / 1e9:.1f} GB, {one.time.total:.1f} s a step, MFU {one.mfu:.1%}"
         rows.append(Row(f"layout_{number}", words, one.tokens_per_second, "tokens/s", note))
     if not rows:
         rows.append(Row("layout_1", "none fits", None, "text", "more devices, or more memory on each"))

@@ -22,7 +22,9 @@ class Candidate:
     """of the pipeline rank that holds most"""
     time: StepTime
     tokens_per_second: float
-    """of all devices, with tokens of the batch alone"""
+    """of all devices; the batch alone counts, not what fills up a last micro-batch"""
+    mfu: float
+    """of these tokens, scores counted causally"""
 
 
 def search(
@@ -56,7 +58,8 @@ def search(
                     continue
                 _, memory = largest(model, laid, step)
                 if memory.total <= usable * device.memory:
-                    best = Candidate(layout=laid, step=step, memory=memory, time=time, tokens_per_second=speed)
+                    mfu = speed * flops.training() / (laid.devices * device.flops)
+                    best = Candidate(layout=laid, step=step, memory=memory, time=time, tokens_per_second=speed, mfu=mfu)
         if best is not None:
             found.append(best)
     return sorted(found, key=lambda candidate: -candidate.tokens_per_second)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from moe.config import ModelConfig
 from moe.planner.devices import Device
 from moe.planner.flops import Flops, count_flops
-from moe.planner.layout import Layout, slice_of
+from moe.planner.layout import Layout, share_of
 from moe.planner.memory import RECIPES, Step
 
 DAY = 86_400
@@ -69,8 +69,8 @@ class Traffic:
     data_seconds: float
 
 
-def traffic_of(model: ModelConfig, layout: Layout, step: Step, device: Device, stage: int = 0) -> Traffic:
-    """What a device of pipeline rank ``stage`` sends in one step.
+def traffic_of(model: ModelConfig, layout: Layout, step: Step, device: Device, rank: int = 0) -> Traffic:
+    """What a device of pipeline rank ``rank`` sends in one step.
 
     Tensor (with sequence) parallel: four collectives a block forward and four backward, each of (t - 1) / t of a
     micro-batch's activations (Korthikanti et al. 2022). Expert parallel: each assignment goes there and comes back, in
@@ -78,7 +78,7 @@ def traffic_of(model: ModelConfig, layout: Layout, step: Step, device: Device, s
     gradients; with ZeRO-3 the weights gathered twice and the gradients summed once. Ranks count tensor first, then
     data, then pipeline: what spans more than a node goes over the network.
     """
-    part = slice_of(model, layout, stage)
+    part = share_of(model, layout, rank)
     blocks = model.n_layers / layout.pipeline
     mixtures = len(model.moe_layers) / layout.pipeline
     width = step.tokens * model.d_model * step.dtype

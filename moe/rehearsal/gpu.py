@@ -73,8 +73,23 @@ def _attention(
 
 
 def _rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    output: Tensor = torch.ops.aten._fused_rms_norm(x, list(normalized_shape), weight, eps)[0]
+    output: Tensor = _FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]
     return output
+
+
+class _FusedNorm(torch.autograd.Function):
+    """What the fused norm of a GPU keeps: its input, and of each row the inverse of its size. Taken apart, as torch
+    does on a CPU, it would keep the normalised rows as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32), weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, _, weight = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
 def _experts_of_a_gpu(wanted: str, x: Tensor, weights: ExpertWeights) -> str:
