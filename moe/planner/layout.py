@@ -93,11 +93,16 @@ class Share:
 
 
 def layers_of(model: ModelConfig, layout: Layout, rank: int) -> list[int]:
-    """The blocks of a pipeline rank: those of each of its stages, which are as even as can be, early ones longer."""
+    """The blocks of a pipeline rank: those of each of its stages, as even as can be, what is left over from the second
+    stage on (as moe/parallel/pipeline.py cuts them)."""
     parts = layout.pipeline * layout.stages
     size, extra = divmod(model.n_layers, parts)
-    firsts = {stage: stage * size + min(stage, extra) for stage in range(rank, parts, layout.pipeline)}
-    return [layer for stage, first in firsts.items() for layer in range(first, first + size + (stage < extra))]
+    ends = [sum(size + (1 <= stage <= extra) for stage in range(end + 1)) for end in range(parts)]
+    return [
+        layer
+        for stage in range(rank, parts, layout.pipeline)
+        for layer in range(ends[stage - 1] if stage else 0, ends[stage])
+    ]
 
 
 def share_of(model: ModelConfig, layout: Layout, rank: int) -> Share:

@@ -58,7 +58,8 @@ def test_every_parameter_is_on_some_device() -> None:
     interleaved = Layout(pipeline=2, stages=2)
     assert layers_of(GPT4, interleaved, 0) == [*range(30), *range(60, 90)]
     assert sum(share_of(GPT4, interleaved, stage).total for stage in range(2)) == GPT4.num_params()
-    assert layers_of(GPT4, Layout(pipeline=7), 0) == [*range(18)]
+    assert layers_of(GPT4, Layout(pipeline=7), 0) == [*range(17)]
+    assert layers_of(GPT4, Layout(pipeline=7), 1) == [*range(17, 35)]
     assert layers_of(GPT4, Layout(pipeline=7), 6) == [*range(103, 120)]
 
 
