@@ -53,12 +53,14 @@ def test_a_sort_by_hand(sort: object, kernel_device: str) -> None:
 
 @pytest.mark.parametrize("schedule", [schedule_in_torch, schedule_in_triton])
 def test_a_schedule_by_hand(schedule: object, kernel_device: str) -> None:
-    """Rows 0-4 are expert 0's, none expert 1's, 5-12 expert 2's: tiles of 4 start at 0, 4 | 5, 9, and 9 is the last."""
+    """Rows 0-4 are expert 0's, none expert 1's, 5-12 expert 2's: tiles of 4 start at 0, 4 | 5, 9, and 9 is the last.
+    By rows, 2 with eight comes before 0 with five and 1 with none."""
     result = schedule(torch.tensor([5, 5, 13], dtype=torch.int32, device=kernel_device), 4, 6)
 
     assert result.tile_expert.tolist() == [0, 0, 2, 2, -1, -1]
     assert result.tile_row.tolist() == [0, 4, 5, 9, 0, 0]
     assert result.n_tiles.tolist() == [4]
+    assert result.busiest.tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize("executed", [False, True])
@@ -108,7 +110,7 @@ def test_tiles_cover_every_row_once_and_fit_their_bound(counts: list[int], block
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)
     n_tiles_max = most_tiles(sum(counts) + idle, block_m, len(counts))
 
-    expert, row, n_tiles = schedule_in_torch(ends, block_m, n_tiles_max)
+    expert, row, n_tiles, busiest = schedule_in_torch(ends, block_m, n_tiles_max)
 
     rows = []
     for tile in range(n_tiles.item()):
@@ -118,6 +120,7 @@ def test_tiles_cover_every_row_once_and_fit_their_bound(counts: list[int], block
         (index, sum(counts[:index]) + place) for index, count in enumerate(counts) for place in range(count)
     ]
     assert (expert[n_tiles.item() :] == -1).all()
+    assert busiest.tolist() == sorted(range(len(counts)), key=lambda index: -counts[index])
 
 
 def test_no_tokens_give_empty_rows(kernel_device: str) -> None:

@@ -143,6 +143,7 @@ def weight_gradient(
     right,  # ragged descriptor [N, I]
     out,  # descriptor [E, O, I], written
     ends,
+    busiest,
     n_experts,
     out_width,
     inner_width,
@@ -151,12 +152,20 @@ def weight_gradient(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """out[e] = leftᵀ right over the rows of expert e; zeros where it has none."""
+    """out[e] = leftᵀ right over the rows of expert e; zeros where it has none.
+
+    A tile takes as long as its expert has rows. So the busiest experts come first, and every other round of tiles is
+    dealt to the programs in the opposite order: who had the longest of one round has the shortest of the next.
+    """
     row_tiles = tl.cdiv(out_width, BLOCK_M)
     column_tiles = tl.cdiv(inner_width, BLOCK_N)
     tiles = row_tiles * column_tiles
-    for tile in tl.range(tl.program_id(0), n_experts * tiles, tl.num_programs(0)):
-        expert = tile // tiles
+    programs = tl.num_programs(0)
+    rounds, rest = n_experts * tiles // programs, n_experts * tiles % programs
+    rounds += (_seat(rounds, programs) < rest).to(tl.int32)
+    for turn in tl.range(0, rounds):
+        tile = turn * programs + _seat(turn, programs)
+        expert = tl.load(busiest + tile // tiles)
         row_tile, column_tile = _place(tile % tiles, row_tiles, column_tiles, GROUP)
         start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
         n_rows = tl.load(ends + expert) - start
@@ -259,6 +268,13 @@ def activation_gradient(
         else:
             tl.store(grad_hidden + wide * F + columns, grad_gate.to(dtype), mask=inside)
     tl.store(grad_weights + place, tl.sum(total, axis=1), mask=real)
+
+
+@triton.jit
+def _seat(turn, programs):
+    """This program's place in a round: its number, counted from the other end in every other round."""
+    program = tl.program_id(0)
+    return tl.where(turn % 2 == 0, program, programs - 1 - program)
 
 
 @triton.jit

@@ -174,6 +174,7 @@ def _weight_gradient(left: Tensor, right: Tensor, out: Tensor, problem: Problem)
             _ragged(right, [tiles.block_k, tiles.block_n]),
             _descriptor(out, [1, tiles.block_m, tiles.block_n // 2]),
             problem.assignments.ends,
+            problem.schedule(tiles.block_m).busiest,
             n_experts,
             out_width,
             inner_width,

@@ -41,6 +41,8 @@ class TileSchedule(NamedTuple):
     """int32, the first row of a tile; 0 for an entry that is not used"""
     n_tiles: Int[Tensor, " 1"]
     """int32"""
+    busiest: Int[Tensor, " E"]
+    """int32, the experts by their rows, the most first; of equals, the lowest index first"""
 
 
 def sort_assignments(
@@ -89,9 +91,10 @@ def sort_in_torch(
 
 
 def schedule_in_torch(ends: Int[Tensor, " E"], block_m: int, n_tiles_max: int) -> TileSchedule:
-    """:func:`tile_schedule` by two prefix sums and a search."""
+    """:func:`tile_schedule` by two prefix sums, a search and a stable sort."""
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    tiles = (ends - starts + block_m - 1) // block_m
+    n_rows = ends - starts
+    tiles = (n_rows + block_m - 1) // block_m
     tile_ends = tiles.cumsum(0)
     index = torch.arange(n_tiles_max, device=ends.device)
     expert = torch.searchsorted(tile_ends, index, right=True)
@@ -99,7 +102,10 @@ def schedule_in_torch(ends: Int[Tensor, " E"], block_m: int, n_tiles_max: int) -
     clamped = expert.clamp(max=len(ends) - 1)
     row = starts[clamped] + (index - (tile_ends - tiles)[clamped]) * block_m
     return TileSchedule(
-        expert.where(used, -1).to(torch.int32), row.where(used, 0).to(torch.int32), tile_ends[-1:].to(torch.int32)
+        expert.where(used, -1).to(torch.int32),
+        row.where(used, 0).to(torch.int32),
+        tile_ends[-1:].to(torch.int32),
+        n_rows.argsort(stable=True, descending=True).to(torch.int32),
     )
 
 
@@ -163,18 +169,20 @@ def schedule_in_triton(ends: Int[Tensor, " E"], block_m: int, n_tiles_max: int) 
     tile_expert = torch.empty(n_tiles_max, dtype=torch.int32, device=ends.device)
     tile_row = torch.empty_like(tile_expert)
     n_tiles = torch.empty(1, dtype=torch.int32, device=ends.device)
+    busiest = torch.empty_like(ends)
     kernels.cut_into_tiles[(n_experts + 1,)](
         ends,
         tile_expert,
         tile_row,
         n_tiles,
+        busiest,
         n_experts,
         n_tiles_max,
         BLOCK_M=block_m,
         EXPERTS=_power_of_two(n_experts),
         TILES=128,
     )
-    return TileSchedule(tile_expert, tile_row, n_tiles)
+    return TileSchedule(tile_expert, tile_row, n_tiles, busiest)
 
 
 def _power_of_two(n: int) -> int:
@@ -198,12 +206,12 @@ def _(selected: Tensor, executed: Tensor | None, n_experts: int) -> tuple[Tensor
 
 
 @torch.library.custom_op("moe::tile_schedule", mutates_args=())
-def _tile_schedule(ends: Tensor, block_m: int, n_tiles_max: int) -> tuple[Tensor, Tensor, Tensor]:
+def _tile_schedule(ends: Tensor, block_m: int, n_tiles_max: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     schedule = schedule_in_triton if ends.is_cuda else schedule_in_torch
     return schedule(ends, block_m, n_tiles_max)
 
 
 @_tile_schedule.register_fake
-def _(ends: Tensor, block_m: int, n_tiles_max: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(ends: Tensor, block_m: int, n_tiles_max: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tiles = ends.new_empty(n_tiles_max, dtype=torch.int32)
-    return tiles, torch.empty_like(tiles), ends.new_empty(1, dtype=torch.int32)
+    return tiles, torch.empty_like(tiles), ends.new_empty(1, dtype=torch.int32), torch.empty_like(ends)

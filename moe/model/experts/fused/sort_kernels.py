@@ -100,21 +100,26 @@ def _expert_of(selected, executed, assignments, n_assignments, n_experts):
 
 @triton.jit(do_not_specialize=["n_experts", "n_tiles_max"])
 def cut_into_tiles(
-    ends, tile_expert, tile_row, n_tiles, n_experts, n_tiles_max, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr,
-    TILES: tl.constexpr,
+    ends, tile_expert, tile_row, n_tiles, busiest, n_experts, n_tiles_max, BLOCK_M: tl.constexpr,
+    EXPERTS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Write the tiles of one expert; the program after the last expert's writes the entries that are left over."""
+    """Write one expert's tiles and its place by rows; the program after the last expert's writes what is left over."""
     expert = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     end = tl.load(ends + experts, mask=experts < n_experts, other=0)
     start = tl.load(ends + experts - 1, mask=(experts > 0) & (experts < n_experts), other=0)
-    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
+    n_rows = end - start
+    tiles = (n_rows + BLOCK_M - 1) // BLOCK_M
     first_tile = tl.sum(tl.where(experts < expert, tiles, 0))
     first_row = tl.sum(tl.where(experts == expert, start, 0))
     past = tl.sum(tl.where(experts <= expert, tiles, 0))
     if expert == n_experts:
         tl.store(n_tiles, first_tile)
         past = n_tiles_max
+    else:
+        own = tl.sum(tl.where(experts == expert, n_rows, 0))
+        before = (n_rows > own) | ((n_rows == own) & (experts < expert))
+        tl.store(busiest + tl.sum(tl.where(before & (experts < n_experts), 1, 0)), expert)
     for tile in range(first_tile, past, TILES):
         index = tile + tl.arange(0, TILES)
         left_over = expert == n_experts
