@@ -361,7 +361,7 @@ def test_sorting_gives_every_assignment_one_row_among_those_of_its_expert(routin
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(decisions())
 def test_segments_give_every_assignment_one_row_among_those_of_its_expert(routing: Routing) -> None:
-    segments = lay_out(routing)
+    segments = lay_out(routing.selected, routing.executed, routing.n_mlps)
     n_rows = segments.spans[-1][1]
 
     assert [start for start, _ in segments.spans] == [0, *(end for _, end in segments.spans[:-1])]

@@ -27,8 +27,7 @@ _BACKENDS: dict[str, Backend] = {
     "reference": reference_experts,
     "grouped": grouped_experts,
     "fused": fused_experts,
-    # Segments read their lengths on the host, which torch.compile cannot trace: it compiles around them.
-    "segments": torch.compiler.disable(segment_experts),  # type: ignore[no-untyped-call]
+    "segments": segment_experts,
 }
 _UNSUPPORTED = {"grouped": grouped.unsupported, "segments": segments.unsupported, "fused": fused.unsupported}
 
