@@ -4,10 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
+from moe.inference.graphed import GraphedSteps, can_graph
 from moe.inference.one_token import OneToken, can_read
 from moe.inference.sampling import Sampling, sample
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
+
+WORTH_A_GRAPH = 16
+"""new tokens from which on a recording pays: it takes as long as a few steps without"""
 
 
 @torch.inference_mode()
@@ -50,8 +54,11 @@ def generate(
         # Compiled for training's shapes, blocks would be compiled again for each kind of step here.
         with torch.compiler.set_stance("force_eager"):
             one_token = OneToken(model, cache) if can_read(model, len(prompts)) else None
+            graph = GraphedSteps(model, cache) if can_graph(model) and max_new_tokens >= WORTH_A_GRAPH else None
             for step in range(max_new_tokens):
-                if step == 0 or one_token is None:
+                if step and graph is not None:
+                    logits = graph.read(tokens[:, 0])
+                elif step == 0 or one_token is None:
                     hidden, _ = model.hidden(tokens, real, cache)
                     logits = model.head(hidden[:, -1])
                 else:
