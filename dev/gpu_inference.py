@@ -26,7 +26,7 @@ from moe.config import AttentionConfig, ExpertsConfig, ModelConfig, RouterConfig
 from moe.inference.graphed import GraphedSteps
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
-from moe.planner.serving import kv_bytes_of_sequence
+from moe.planner.serving import distinct_experts, kv_bytes_of_sequence
 
 BANDWIDTH = 4.28e12
 """bytes/s of a copy on an H200 (read and written bytes counted)"""
