@@ -158,6 +158,13 @@ def plan_command(arguments: Sequence[str]) -> int:
     return plan(arguments)
 
 
+def rehearse_command(arguments: Sequence[str]) -> int:
+    """``python -m moe rehearse CONFIG`` (:mod:`moe.rehearsal.command`)."""
+    from moe.rehearsal.command import rehearse_command as rehearse
+
+    return rehearse(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "generate": (generate_command, "continue a text with the model of a run"),
     "serve": (serve_command, "answer HTTP requests as OpenAI's completions do, for experiments"),
@@ -168,6 +175,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "export": (export_command, "a run as a folder for transformers, or as a file for llama.cpp"),
     "evaluate": (evaluate_command, "how good is it? held-out text with intervals; a score card of tasks"),
     "plan": (plan_command, "what would it cost? parameters, memory, days, dollars, layouts; to train and to serve"),
+    "rehearse": (rehearse_command, "one step on fake tensors: the memory it would take, and what it would send"),
     "bench": (bench_command, "how fast, beside other implementations? a table, numbers and a picture"),
 }
 

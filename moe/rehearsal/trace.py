@@ -122,9 +122,13 @@ class StepTrace(TorchDispatchMode):
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Learn from every step of ``optimizer`` what are gradients of ``model``, and what its own states."""
         self.own([*model.parameters(), *model.buffers()], "parameters")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._own_gradient)  # type: ignore[no-untyped-call]
 
         def before(*_: object) -> None:
-            self.own([p.grad for p in model.parameters() if p.grad is not None], "gradients")
+            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            self.own([parameter.grad for parameter in held if parameter.grad is not None], "gradients")
             self._in_optimizer = True
 
         def after(*_: object) -> None:
@@ -134,6 +138,10 @@ class StepTrace(TorchDispatchMode):
 
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
+
+    def _own_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.own([parameter.grad], "gradients")
 
     def forget(self) -> None:
         """Begin the search for the peak anew, with what is in use now: the first step made the optimizer's states."""
@@ -281,5 +289,8 @@ def collective_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resu
     tensors = [leaf for leaf in [*leaves, *tree_leaves(result)] if isinstance(leaf, Tensor)]
     n_bytes = max((tensor.numel() * tensor.itemsize for tensor in tensors), default=0)
     return Collective(
-        name, group.group_desc if group is not None else "", group.size() if group is not None else 0, n_bytes
+        name,
+        group.group_desc.removeprefix("mesh_") if group is not None else "",
+        group.size() if group is not None else 0,
+        n_bytes,
     )
