@@ -1,5 +1,8 @@
 """A rehearsed step allocates what the same step allocates when it is real."""
 
+import json
+import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -9,10 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe import config_file
-from moe.config import Config
+from moe.config import Config, ConfigError, parse_layout
+from moe.config.parameters import count_parameters
+from moe.errors import UserError
 from moe.model import short_attention
 from moe.model.transformer import Transformer
-from moe.rehearsal.rehearse import rehearse
+from moe.rehearsal.command import rehearse_command
+from moe.rehearsal.rehearse import Rehearsal, rehearse
 from moe.rehearsal.trace import StepTrace
 from moe.training.optimizer import build_optimizer
 from moe.training.step import MicroBatch, TrainingStep
@@ -114,3 +120,78 @@ def test_checkpointing_and_more_micro_batches_need_what_they_should() -> None:
     # Gradients of the first micro-batch are there when the second is at its peak.
     assert twice.parts["gradients"] > plain.parts["gradients"]
     assert twice.parts["activations"] == pytest.approx(plain.parts["activations"], rel=0.02)
+
+
+LAYOUTS = ["ep2,full", "tp2,pp2,ep2", "pp2,vp2,hybrid2"]
+
+
+def rehearsed(layout: str, rank: int = 0) -> Rehearsal:
+    """A rank of as many processes as the layout and four data ranks make, in this process's child."""
+    parallel = replace(parse_layout(layout), data=4)
+    config = replace(toy(training__accumulation=str(parallel.pipeline)), parallel=parallel)
+    processes = parallel.pipeline * parallel.tensor * 4
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(rehearse, (config, 1), {"processes": processes, "rank": rank})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_rehearsed_and_holds_its_part_of_the_model(layout: str) -> None:
+    """Parameters as they are divided, by hand, and the collectives that each kind of division makes."""
+    parallel = parse_layout(layout)
+    whole = count_parameters(toy().model)
+
+    seen = rehearsed(layout)
+
+    data_cut = {"replicate": 1, "full": 4, "hybrid": 2}[parallel.shard]
+    cut = parallel.tensor * parallel.pipeline
+    experts = whole.experts / parallel.expert / max(1, data_cut // parallel.expert)
+    expected = 4 * (experts + (whole.total - whole.experts) / data_cut) / cut
+    # The tied embedding is on the first stage alone, and norms and routers are not cut.
+    assert seen.peak.parts["parameters"] == pytest.approx(expected, rel=0.25)
+    assert seen.peak.parts["optimizer"] == pytest.approx(2 * seen.peak.parts["parameters"], rel=0.02)
+    groups = {(collective.name, collective.group) for collective in seen.collectives}
+    assert (("all_to_all", "expert") in groups) == (parallel.expert > 1)
+    assert (("reduce_scatter", "tensor") in groups) == (parallel.tensor > 1)
+    assert (("send", "pipeline") in groups) == (parallel.pipeline > 1)
+
+
+def test_the_first_stage_keeps_more_micro_batches_than_the_last() -> None:
+    first, last = (rehearsed("pp2", rank).peak.parts["activations"] for rank in (0, 4))
+
+    assert first > last
+
+
+def test_the_command_prints_parts_and_traffic_and_says_what_it_supposed(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(TOY), "--layout", "pp2,dp2", "--micro-batch", "1", "--accumulation", "2", "--sequence", "64"]
+    assert rehearse_command(arguments) == 0
+    printed = capsys.readouterr().out
+    assert rehearse_command([*arguments, "--rank", "3", "--json"]) == 0
+    [rank] = json.loads(capsys.readouterr().out)["ranks"]
+
+    for words in ("on 4 GPUs: pp2,dp2", "rank 0", "rank 2", "activations", "balanced load", "send"):
+        assert words in printed
+    assert rank["rank"] == 3 and rank["blocks"] == [[2, 3]]
+    assert sum(rank["parts"].values()) == rank["peak"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--layout", "pp2"], "--accumulation is 1, and a pipeline of 2"),
+        (["--layout", "dp3"], r"training\.batch_size: 16 sequences cannot be divided among 3 data ranks"),
+        (["--rank", "1"], "--rank is 1, and there are 1 ranks"),
+        (["--micro-batch", "x"], "--micro-batch is 'x', and must be a whole number"),
+        (["--layout", "tp3"], r"parallel\.tensor"),
+    ],
+)
+def test_a_mistake_is_one_line(flags: list[str], message: str) -> None:
+    with pytest.raises((UserError, ConfigError), match=message):
+        rehearse_command([str(TOY), *flags])
+
+
+def test_an_error_on_the_way_is_reported_for_its_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    """Forked processes have the patch too."""
+    with patch("moe.rehearsal.command.rehearse", side_effect=RuntimeError("boom")):
+        assert rehearse_command([str(TOY)]) == 1
+
+    assert "rank 0 failed: RuntimeError: boom" in capsys.readouterr().out
