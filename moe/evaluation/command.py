@@ -63,6 +63,12 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     if "--harness" in options:
         _give_exam(path, options["--harness"], options)
     else:
+        run = RunFolder.open(run_of(path))
+        if not run.corpus_path.is_file():
+            raise UserError(
+                f"{run.path}: has no text to be evaluated on: import it with --data.corpus FILE, or give it tasks with "
+                "--harness TASKS"
+            )
         _evaluate_held_out(open_subject(path, options))
     return 0
 

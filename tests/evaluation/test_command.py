@@ -287,7 +287,8 @@ def test_a_run_without_text_is_told(run: RunFolder, tmp_path: Path, capsys: pyte
     checkpoint.save(bare.checkpoints_path, 0, run.load_model(), None, {}, keep=1)
 
     assert cli.main(["evaluate", str(bare.path), "--device", "cpu"]) == 2
-    assert "corpus" in one_line(capsys)
+    assert one_line(capsys).startswith(f"{bare.path}: has no text to be evaluated on: import it with --data.corpus")
+    assert not (bare.path / "evaluation").exists()
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
