@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,17 @@ def initialise(model: nn.Module, init_std: float, n_layers: int, seed: int) -> N
     A router with learned noise starts from zeros, so that its noise spreads the tokens evenly (Shazeer et al. 2017,
     appendix A); the vectors of constant experts from a standard normal (MoE++), a temperature where it is configured.
     """
+    draw = initial_values(model, init_std, n_layers, seed)
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            draw(name, parameter)
+
+
+def initial_values(model: nn.Module, init_std: float, n_layers: int, seed: int) -> Callable[[str, Tensor], None]:
+    """What fills a tensor with the initial values of the parameter of that name, as :func:`initialise` does.
+
+    ``model`` may have no memory, or be cut since: a parameter's values come from its name and its whole shape.
+    """
     residual_std = init_std / math.sqrt(2 * n_layers)
     routers = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, Router)}
     temperatures = {f"{name}temperature": router.config.initial_temperature for name, router in routers.items()}
@@ -31,20 +43,21 @@ def initialise(model: nn.Module, init_std: float, n_layers: int, seed: int) -> N
         if router.noise_weight is not None
         for own in ("weight", "noise_weight")
     }
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            continue
+
+    def draw(name: str, tensor: Tensor) -> None:
         if name.endswith("norm.weight"):
-            nn.init.ones_(parameter)
+            nn.init.ones_(tensor)
         elif name.rsplit(".", 1)[-1] in ("bias", "b_in", "b_out") or name in noisy:
-            nn.init.zeros_(parameter)
+            nn.init.zeros_(tensor)
         elif name.endswith("special.constant"):
-            _normal_(parameter, 1.0, seed, name)
+            _normal_(tensor, 1.0, seed, name)
         elif name in temperatures:
-            nn.init.constant_(parameter, temperatures[name])
+            nn.init.constant_(tensor, temperatures[name])
         else:
             std = residual_std if name.endswith(RESIDUAL_OUTPUTS) else init_std
-            _normal_(parameter, std, seed, name)
+            _normal_(tensor, std, seed, name)
+
+    return draw
 
 
 def _normal_(parameter: Tensor, std: float, seed: int, name: str) -> None:

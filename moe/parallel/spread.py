@@ -4,6 +4,7 @@ The model computes as ever, on parameters that are parts: cut over the ranks tha
 share matrices (:mod:`.split`), and what is left over data ranks, by FSDP. This is where the parts are accounted for.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -52,6 +53,26 @@ class Spread:
             else parameter
             for name, parameter in self._own.items()
         }
+
+    @torch.no_grad()
+    def fill(self, draw: Callable[[str, Tensor], None], device: torch.device) -> None:
+        """Give a model without memory its own on ``device``, and what is here of the values that ``draw`` gives.
+
+        ``draw`` fills a whole parameter, by its name; there is one of them at a time.
+        """
+        places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+        for module in self.model.modules():
+            for own, parameter in module.named_parameters(recurse=False):
+                places.setdefault(parameter, []).append((module, own))
+        self.model.to_empty(device=device)
+        for (first, first_own), *others in places.values():  # which that has made parameters of their own
+            for module, own in others:
+                setattr(module, own, getattr(first, first_own))
+        self.refresh()
+        for name, here in self.parameters.items():
+            whole = torch.empty(self.shapes[name], dtype=torch.promote_types(here.dtype, torch.float32))
+            draw(name, whole)
+            here.copy_(self.part(name, whole))
 
     def reshard(self) -> None:
         """Let FSDP drop what it has gathered; after a forward pass without a backward one, all ranks alike."""

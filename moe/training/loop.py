@@ -15,6 +15,7 @@ from moe.data.batches import Batches
 from moe.data.prepare import PreparedCorpus
 from moe.errors import UserError
 from moe.model.balance import adapted_coefficient
+from moe.model.initialise import initial_values
 from moe.model.routing import LoadSummary
 from moe.model.transformer import Transformer
 from moe.model.weight_dtype import keep_weights
@@ -110,12 +111,8 @@ class Training:
             from moe.model.experts.fused.tiles import remember_in
 
             remember_in(run_folder.tiles_path, write=world.is_first)
-        self.model = Transformer(config.model, settings.seed)
-        keep_weights(self.model, settings.weight_dtype)
-        if mesh is not None:
-            parallelize(self.model, config, mesh, device)
+        self.model = build_model(config, mesh, device)
         self.spread = spread_of(self.model)
-        self.model.to(device)
         self.model.activation_checkpointing = settings.activation_checkpointing
         parameters = None if self.spread is None else self.spread.parameters
         self.optimizer = build_optimizer(self.model, settings.optimizer, parameters)
@@ -395,6 +392,23 @@ class Training:
 
     def _on_any_rank(self, flag: bool) -> bool:
         return flag if self.world.size == 1 else bool(self.world.sum(torch.tensor(int(flag), device=self.device)))
+
+
+def build_model(config: Config, mesh: Mesh | None, device: torch.device) -> Transformer:
+    """The model with its initial weights, or what ``mesh`` leaves of it here: then no process ever holds all of it."""
+    settings, model_config = config.training, config.model
+    if mesh is None:
+        model = Transformer(model_config, settings.seed)
+        keep_weights(model, settings.weight_dtype)
+        return model.to(device)
+    with torch.device("meta"):
+        model = Transformer(model_config)
+    keep_weights(model, settings.weight_dtype)
+    draw = initial_values(model, model_config.init_std, model_config.n_layers, settings.seed)
+    spread = spread_of(parallelize(model, config, mesh, device))
+    assert spread is not None
+    spread.fill(draw, device)
+    return model
 
 
 def mesh_of(config: Config, world: World, device: torch.device) -> Mesh | None:
