@@ -60,7 +60,7 @@ class Config:
         )
         if max(experts, tensor) > 1:
             require(
-                model.router.gradient == "selected",
+                model.router.gradient != "all_experts",
                 "model.router.gradient",
                 f"is {model.router.gradient}, which asks every expert about every token, where no rank has them all",
             )
