@@ -117,7 +117,9 @@ def _replace_experts(model: nn.Module, mesh: Mesh, balanced: bool) -> None:
         if not isinstance(layer, MoELayer):
             continue
         beside = None
-        if layer.shared is not None and mesh.expert_group is not None:
+        # Who weighs first gives the experts other rows than the shared ones see.
+        weighs_first = layer.router.config.apply == "before"
+        if layer.shared is not None and mesh.expert_group is not None and not weighs_first:
             layer.shared = beside = SharedBeside(layer.shared)
         layer.experts = PartOfExperts(
             layer.experts,
