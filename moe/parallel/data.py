@@ -66,6 +66,11 @@ def _cut(
     )
 
 
+def divisible_dimensions(parameter: nn.Parameter, ranks: int) -> list[int]:
+    """The dimensions that so many ranks can share evenly."""
+    return [dim for dim, size in enumerate(parameter.shape) if size % ranks == 0]
+
+
 def _dimension(parameter: nn.Parameter, ranks: int) -> int:
     """The first dimension that the ranks divide; the first of all, unevenly, where they divide none."""
-    return next((dim for dim, size in enumerate(parameter.shape) if size % ranks == 0), 0)
+    return next(iter(divisible_dimensions(parameter, ranks)), 0)

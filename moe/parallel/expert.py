@@ -49,15 +49,33 @@ class PartOfExperts(Experts):
         self.backend, self.activation = experts.backend, experts.activation
         self.w_in, self.w_out, self.b_in, self.b_out = experts.w_in, experts.w_out, experts.b_in, experts.b_out
         self.expert_group, self.tensor_group, self.balanced = expert_group, tensor_group, balanced
+        self._n_joined: int | None = None
         self._beside = [] if beside is None else [beside]  # in a list, for it is the layer's module and not this one's
 
     @property
     def weights(self) -> ExpertWeights:
         """The parameters as a back-end is given them; the output's bias is added by every rank of the sum in part."""
         weights = super().weights
+        if self._n_joined is not None:
+            w_in, w_out, b_in, b_out = (
+                None if tall is None else tall.view(self._n_joined, -1, *tall.shape[1:]) for tall in weights[:4]
+            )
+            assert w_in is not None and w_out is not None
+            weights = ExpertWeights(w_in, w_out, b_in, b_out, weights.activation)
         if self.tensor_group is None or weights.b_out is None:
             return weights
         return weights._replace(b_out=weights.b_out / self.tensor_group.size())
+
+    def join_rows(self) -> None:
+        """Keep each stack of matrices as one tall matrix: its rows can be cut over any number of ranks."""
+        self._n_joined = self.w_in.shape[0]
+        for name, parameter in list(self.named_parameters()):
+            setattr(self, name, nn.Parameter(parameter.detach().flatten(0, 1), parameter.requires_grad))
+
+    @property
+    def has_joined_rows(self) -> bool:
+        """Whether :meth:`join_rows` was called."""
+        return self._n_joined is not None
 
     # Nor could torch.compile trace what the host reads: it compiles around this.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

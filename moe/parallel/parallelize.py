@@ -14,7 +14,7 @@ from moe.model.attention import Attention
 from moe.model.feed_forward import FeedForward
 from moe.model.moe_layer import MoELayer
 from moe.parallel import tensor
-from moe.parallel.data import blocks_of, shard_over_data
+from moe.parallel.data import blocks_of, divisible_dimensions, shard_over_data
 from moe.parallel.expert import PartOfExperts, SharedBeside
 from moe.parallel.mesh import Mesh
 from moe.parallel.split import Split
@@ -42,13 +42,18 @@ def parallelize(model: Model, config: Config, mesh: Mesh, device: torch.device, 
     experts = frozenset(name for name, own in splits.items() if any(split.over == "expert" for split in own))
     if mesh.tensor_group is not None:
         _divide(model, mesh)
-    if mesh.tensor_group is not None or mesh.expert_group is not None:
-        _replace_experts(model, mesh, balanced)
+    _replace_experts(model, mesh, balanced)
+    joined = frozenset(
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, PartOfExperts) and module.has_joined_rows
+        for own, _ in module.named_parameters()
+    )
     if {parameter.device for parameter in model.parameters()} - {device, torch.device("meta")}:
         model.to(device)
     if mesh.dense_shards is not None:
         shard_over_data(model, mesh, config.training.precision)
-    object.__setattr__(model, ATTRIBUTE, Spread(model, mesh, splits, experts, summed, shapes))
+    object.__setattr__(model, ATTRIBUTE, Spread(model, mesh, splits, experts, summed, joined, shapes))
     return model
 
 
@@ -112,9 +117,16 @@ def _divide(model: nn.Module, mesh: Mesh) -> None:
 
 
 def _replace_experts(model: nn.Module, mesh: Mesh, balanced: bool) -> None:
+    """Where experts are spread, or so few that FSDP could not cut them evenly."""
     for block in blocks_of(model):
         layer = block.feed_forward
         if not isinstance(layer, MoELayer):
+            continue
+        shards = mesh.dense_shards if mesh.expert_group is None else mesh.expert_shards
+        uneven = shards is not None and not all(
+            divisible_dimensions(parameter, shards.size(shards.ndim - 1)) for parameter in layer.experts.parameters()
+        )
+        if mesh.tensor_group is None and mesh.expert_group is None and not uneven:
             continue
         beside = None
         # Who weighs first gives the experts other rows than the shared ones see.
@@ -128,3 +140,5 @@ def _replace_experts(model: nn.Module, mesh: Mesh, balanced: bool) -> None:
             beside=beside,
             balanced=balanced,
         )
+        if uneven:
+            layer.experts.join_rows()

@@ -34,6 +34,8 @@ class Spread:
     """parameters of which there are others on the other ranks of the expert group"""
     summed: frozenset[str]
     """parameters whose gradients on the ranks of the tensor group are parts of a sum"""
+    joined: frozenset[str]
+    """parameters whose first two dimensions are one, here, between these cuts and FSDP's"""
     shapes: dict[str, torch.Size]
     """of the whole parameters"""
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -154,6 +156,8 @@ class Spread:
             here = DTensor.from_local(
                 here, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
             ).full_tensor()
+        if name in self.joined:
+            here = here.view(-1, *self._cut_shape(name)[1:])
         for split in reversed(self.splits.get(name, ())):
             group = self.group(split.over)
             parts = [torch.empty_like(here) for _ in range(group.size())]
@@ -166,6 +170,8 @@ class Spread:
         for split in self.splits.get(name, ()):
             group = self.group(split.over)
             whole = split.cut(whole, group.rank(), group.size())
+        if name in self.joined:
+            whole = whole.flatten(0, 1)
         parameter = self._own[name]
         if isinstance(parameter, DTensor):
             return shard_of(whole, parameter)
@@ -200,6 +206,13 @@ class Spread:
         group = self.mesh.expert_group if over == "expert" else self.mesh.tensor_group
         assert group is not None
         return group
+
+    def _cut_shape(self, name: str) -> list[int]:
+        """The shape of a parameter after the cuts, before FSDP's."""
+        shape = list(self.shapes[name])
+        for split in self.splits.get(name, ()):
+            shape[split.dim] //= self.group(split.over).size()
+        return shape
 
     @property
     def _expert_ranks(self) -> int:

@@ -6,7 +6,7 @@ tensor is put together again, whatever the layout that saved it; the layout that
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,9 +30,17 @@ class Cut:
     rank: int
     ranks: int
     halves: int = 1
+    joined: bool = False
+    """whether the tensor's first two dimensions are made one before"""
+
+    @property
+    def copies(self) -> bool:
+        """Whether a piece is not surely a view."""
+        return self.halves > 1 or self.joined
 
     def take(self, tensor: Tensor) -> Tensor:
-        """The piece; a view where there is one half. Empty where there are fewer pieces than ranks."""
+        """The piece, a view unless it :attr:`copies`. Empty where there are fewer pieces than ranks."""
+        tensor = tensor.flatten(0, 1) if self.joined else tensor
         parts = []
         for half in tensor.chunk(self.halves, dim=self.dim):
             pieces = half.chunk(self.ranks, dim=self.dim)
@@ -41,6 +49,11 @@ class Cut:
 
     def put(self, tensor: Tensor, piece: Tensor) -> None:
         """Write the piece where it was taken."""
+        if self.joined:
+            flat = tensor.flatten(0, 1)
+            replace(self, joined=False).put(flat, piece)
+            tensor.copy_(flat.view_as(tensor))
+            return
         halves = tensor.chunk(self.halves, dim=self.dim)
         for half, part in zip(halves, piece.chunk(self.halves, dim=self.dim), strict=True):
             half.chunk(self.ranks, dim=self.dim)[self.rank].copy_(part)
@@ -70,7 +83,7 @@ def _put(target: Tensor, cuts: tuple[Cut, ...], piece: Tensor) -> None:
         return
     part = cuts[0].take(target)
     _put(part, cuts[1:], piece)
-    if cuts[0].halves > 1:  # a copy, which has to go back
+    if cuts[0].copies:  # perhaps a copy, which has to go back
         cuts[0].put(target, part)
 
 
@@ -85,7 +98,8 @@ def piece_here(spread: Spread, name: str) -> Piece:
         mesh = parameter.device_mesh
         for i, placement in enumerate(parameter.placements):
             if placement.is_shard():
-                cuts.append(Cut(cast(int, placement.dim), mesh.get_local_rank(i), mesh.size(i)))  # type: ignore[attr-defined]
+                dim = cast(Any, placement).dim
+                cuts.append(Cut(dim, mesh.get_local_rank(i), mesh.size(i), joined=name in spread.joined))
     return Piece(tuple(spread.shapes[name]), tuple(cuts))
 
 
@@ -143,7 +157,7 @@ class StoredTensors:
 
 
 def _piece(told: dict[str, object]) -> Piece:
-    cuts = tuple(Cut(**cut) for cut in cast(list[dict[str, int]], told["cuts"]))
+    cuts = tuple(Cut(**cut) for cut in cast(list[dict[str, Any]], told["cuts"]))
     return Piece(tuple(cast(list[int], told["shape"])), cuts)
 
 

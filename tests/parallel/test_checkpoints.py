@@ -36,10 +36,10 @@ Together = Callable[[Callable[[], Any], Path, int], list[Any]]
 MODEL = ModelConfig(
     vocab_size=30,  # uneven among four
     n_layers=1,
-    d_model=10,
+    d_model=15,  # of 3 experts on a rank, two ranks can share no dimension evenly
     attention=AttentionConfig(n_heads=4, head_dim=4, bias=True),
     feed_forward=FeedForwardConfig(bias=True),
-    experts=ExpertsConfig(n_experts=4, d_ff=6),
+    experts=ExpertsConfig(n_experts=6, d_ff=6),
     router=RouterConfig(selection_bias="sign"),
 )
 LAYOUTS = {1: [""], 2: ["replicate", "full", "ep2", "tp2"], 4: ["full", "ep2,full", "tp2,ep2", "ep2,hybrid4"]}
@@ -49,7 +49,7 @@ def build(size: int, layout: str, seed: int) -> tuple[Transformer, torch.optim.O
     """A model with an optimizer that has taken a step, on gradients that are random and the same for every layout."""
     model = Transformer(MODEL, seed)
     with torch.no_grad():
-        model.blocks[0].feed_forward.router.selection_bias.copy_(torch.arange(4) + seed)
+        model.blocks[0].feed_forward.router.selection_bias.copy_(torch.arange(6) + seed)
     gradients = {
         name: torch.randn(value.shape, generator=torch.Generator().manual_seed(seed + number))
         for number, (name, value) in enumerate(model.named_parameters())
@@ -182,6 +182,18 @@ def test_a_disk_that_refuses_one_process_stops_all_and_leaves_what_was_there(
     assert "could not be written (on 1 of 2 processes); earlier ones are untouched" in first
     assert "could not be written (no space)" in second
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+
+
+def test_rows_of_stacked_matrices_in_uneven_pieces() -> None:
+    """Two matrices of two rows, the second column of each: the rows 1, 3, 5, 7; three ranks have 2, 2 and 0."""
+    whole = torch.arange(8.0).view(2, 2, 2)
+    pieces = [Piece((2, 2, 2), (Cut(2, 1, 2), Cut(0, rank, 3, joined=True))) for rank in range(3)]
+
+    assert [piece.take(whole).flatten().tolist() for piece in pieces] == [[1, 3], [5, 7], []]
+    put = torch.zeros(2, 2, 2)
+    for piece in pieces[:2]:
+        piece.put(put, piece.take(whole))
+    assert put.flatten().tolist() == [0, 1, 0, 3, 0, 5, 0, 7]
 
 
 def test_pieces_of_halves_within_pieces() -> None:
