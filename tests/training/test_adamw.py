@@ -258,4 +258,5 @@ def test_on_a_gpu_the_kernels_round_as_the_definition(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "use_kernels", lambda parameter: False)
     for ours, theirs in zip(actual, run(), strict=True):
         assert float((ours != theirs).float().mean()) < 0.01
-        torch.testing.assert_close(ours, theirs, rtol=1 / 32, atol=1e-5)
+        # One that tipped and was then nearly cancelled is off by a step of what it had been.
+        torch.testing.assert_close(ours, theirs, rtol=1 / 32, atol=2**-7 * float(theirs.abs().max()))

@@ -268,7 +268,10 @@ def test_the_product_in_slices_is_a_float32_product_with_its_gradients(compiled:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_bfloat16_states_are_routed_as_in_float32() -> None:
-    """Against float64, and against what truly rounded weights would do, which is wrong by a thousand times more."""
+    """Against float64, and against what truly rounded weights would do, which is wrong by a hundred times more.
+
+    The units that multiply bfloat16 cut their sums off where float32 units round them.
+    """
     torch.manual_seed(0)
     x, weight = torch.randn(512, 2048, device="cuda").bfloat16(), torch.randn(16, 2048, device="cuda") * 0.02
     x.requires_grad_()
@@ -281,6 +284,6 @@ def test_on_a_gpu_bfloat16_states_are_routed_as_in_float32() -> None:
     expected = torch.autograd.grad(exact, (x, weight), grad.double())
 
     error = float((logits - exact).norm() / exact.norm())
-    assert error < 1e-6 < 1e-3 * float((x @ weight.bfloat16().t() - exact).norm() / exact.norm())
+    assert error < 1e-5 < 1e-2 * float((x @ weight.bfloat16().t() - exact).norm() / exact.norm())
     assert (actual[0] - expected[0]).norm() < 3e-3 * expected[0].norm()
-    assert (actual[1] - expected[1]).norm() < 1e-6 * expected[1].norm()
+    assert (actual[1] - expected[1]).norm() < 1e-5 * expected[1].norm()
