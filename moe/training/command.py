@@ -14,11 +14,21 @@ from moe import config_file
 from moe.config import Config, ConfigError, ModelConfig, RouterConfig
 from moe.data.prepare import PreparedCorpus, prepare, resolve_paths
 from moe.errors import UserError
+from moe.model.experts import Experts
 from moe.parallel.world import World, is_first_process, join_world, launches, leave_world, local_rank, restarts
 from moe.training import checkpoint
 from moe.training.console import Console
 from moe.training.loop import Recorder, Training, layout_of
-from moe.training.machine import choose_device, choose_precision, keep_freed_memory
+from moe.training.machine import (
+    CPU_BACKENDS,
+    choose_device,
+    choose_precision,
+    fastest_backend,
+    float32_products,
+    keep_freed_memory,
+    set_float32_products,
+    use_fastest_float32,
+)
 from moe.training.report import write_report
 from moe.training.run_folder import RunFolder
 
@@ -56,6 +66,7 @@ def main(arguments: Sequence[str], default_config: Path, recorder: Recorder | No
 
     ``recorder`` is what writes routing records.
     """
+    before = float32_products()
     try:
         line = config_file.parse_flags(arguments, FLAGS)
         if "--help" in line.options:
@@ -85,6 +96,7 @@ def main(arguments: Sequence[str], default_config: Path, recorder: Recorder | No
         print("\nstopped before the first step", file=sys.stderr)
         return 130
     finally:
+        set_float32_products(before)
         leave_world()
 
 
@@ -168,6 +180,7 @@ def _train(training: Training, console: Console) -> int:
     warning = leak_warning(training.config.model)
     if warning is not None:
         console.say(warning)
+    _take_fastest_experts(training)
     try:
         finished = training.run()
     except KeyboardInterrupt:  # a second one, which does not wait for the step to end
@@ -185,6 +198,21 @@ def _train(training: Training, console: Console) -> int:
         console.say(write_report(training))
         console.say(f"\nrun folder: {run_folder.path}")
     return 0
+
+
+def _take_fastest_experts(training: Training) -> None:
+    """Tell the experts what ``auto`` is to take on this CPU: the first rank's answer is everyone's.
+
+    Compiled blocks keep to segments, of which alone torch.compile makes one operator.
+    """
+    experts = [module for module in training.model.modules() if isinstance(module, Experts)]
+    asked = any(module.backend == "auto" for module in experts)
+    if training.device.type != "cpu" or not asked or training.config.training.compile:
+        return
+    found = CPU_BACKENDS.index(fastest_backend(training.precision)) if training.world.is_first else 0
+    backend = CPU_BACKENDS[int(training.world.sum(torch.tensor(found)))]
+    for module in experts:
+        module.on_cpu = backend
 
 
 def leak_warning(model: ModelConfig) -> str | None:
@@ -249,7 +277,13 @@ def _console(config: Config, world: World) -> Console:
 
 def _join(config: Config) -> tuple[torch.device, World]:
     device = choose_device(config.training.device, local_rank())
-    return device, join_world(device)
+    world = join_world(device)
+    if device.type == "cpu":
+        if world.is_first:  # the others find what it measured
+            use_fastest_float32()
+        world.wait()
+        use_fastest_float32()
+    return device, world
 
 
 def _in_turn(world: World, work: Callable[[], PreparedCorpus]) -> PreparedCorpus:

@@ -437,6 +437,15 @@ def test_auto_on_a_cpu_is_segments() -> None:
     assert type(automatic.grad_fn).__name__ == "_SegmentExpertsBackward"
 
 
+def test_auto_takes_what_was_measured_where_it_fits() -> None:
+    experts, routing = make_experts("auto"), make_routing("normal")
+    experts.on_cpu = "grouped"
+
+    assert type(experts(make_input(45, 16, torch.float32), routing).grad_fn).__name__ != "_SegmentExpertsBackward"
+    y = experts.double()(make_input(45, 16, torch.float64), make_routing("normal", dtype=torch.float64))
+    assert type(y.grad_fn).__name__ == "_SegmentExpertsBackward"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_computes_in_bfloat16_and_returns_what_came_in(backend: str) -> None:
     experts, routing = make_experts(backend), make_routing("normal", padded=True)

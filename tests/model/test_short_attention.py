@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.model import short_attention as module
 from moe.model.attention import attend
 from moe.model.short_attention import LONGEST, pays, short_attention
 
@@ -71,6 +72,18 @@ def test_it_is_for_training_in_bfloat16_on_short_sequences() -> None:
     assert not pays(long, long, causal=True)
     with torch.no_grad():
         assert not pays(queries, keys, causal=True)
+
+
+def test_in_float32_it_is_for_products_through_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside which SDPA is slow, with a gradient or without."""
+    queries, keys, _, _ = draw((1, 2, 2, 16, 8), torch.float32)
+    assert not pays(queries, keys, causal=True)
+
+    monkeypatch.setattr(module, "_float32_goes_through_onednn", lambda: True)
+
+    assert pays(queries, keys, causal=True)
+    assert not pays(queries, keys, causal=False)
+    assert not pays(queries.double(), keys.double(), causal=True)
 
 
 def test_attention_gives_the_same_either_way() -> None:

@@ -1,13 +1,32 @@
 """Device and precision: what the configuration asks for, and what ``auto`` makes of this machine."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
 from moe.errors import UserError
 from moe.training import machine
-from moe.training.machine import autocast, choose_device, choose_precision, keep_freed_memory
+from moe.training.machine import (
+    CPU_BACKENDS,
+    autocast,
+    choose_device,
+    choose_precision,
+    fastest_backend,
+    keep_freed_memory,
+    use_fastest_float32,
+)
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,3 +92,61 @@ def test_one_disturbed_round_does_not_decide(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(machine, "_seconds_of_product", lambda dtype, d_model: next(calls))
 
     assert choose_precision("auto", CPU, 32) == "fp32"
+
+
+def test_this_cpu_is_measured_once_and_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was found: float32 products stay float32, and a second process would ask no more."""
+    use_fastest_float32()
+    backend = fastest_backend("fp32")
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+
+    assert backend in CPU_BACKENDS
+    torch.testing.assert_close((x @ x.t()).double(), x.double() @ x.double().t(), rtol=1e-5, atol=1e-4)
+    monkeypatch.delattr(machine, "_Block")
+    use_fastest_float32()
+    assert fastest_backend("fp32") == backend
+
+
+class Stopwatch:
+    """A block whose time is decided by the setting and by its back-end."""
+
+    seconds_of: dict[str, float]
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def seconds(self, precision: str) -> float:
+        setting = torch.backends.mkldnn.matmul.fp32_precision
+        return self.seconds_of.get(self.backend, 9.0) * self.seconds_of.get(setting, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("exact", "seconds", "expected"),
+    [(True, 0.9, "bf16"), (True, 0.99, "none"), (True, 1.5, "none"), (False, 0.5, "none")],
+)
+def test_onednn_is_taken_where_it_is_exact_and_faster(
+    exact: bool, seconds: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_Block", Stopwatch)
+    monkeypatch.setattr(machine, "_onednn_is_exact", lambda: exact)
+    monkeypatch.setattr(Stopwatch, "seconds_of", {"segments": 1.0, "bf16": seconds}, raising=False)
+
+    use_fastest_float32()
+
+    assert torch.backends.mkldnn.matmul.fp32_precision == expected
+
+
+def test_units_that_round_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+
+    assert not machine._onednn_is_exact()
+
+
+@pytest.mark.parametrize(("grouped", "expected"), [(0.9, "grouped"), (0.99, "segments"), (2.0, "segments")])
+def test_another_back_end_is_taken_where_it_is_clearly_faster(
+    grouped: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_Block", Stopwatch)
+    monkeypatch.setattr(Stopwatch, "seconds_of", {"segments": 1.0, "grouped": grouped}, raising=False)
+
+    assert fastest_backend("bf16") == expected

@@ -2,12 +2,21 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from moe.config import AttentionConfig, BalanceConfig, ExpertsConfig, ModelConfig, OptimizerConfig, RouterConfig
+from moe.config import (
+    AttentionConfig,
+    BalanceConfig,
+    ExpertBackend,
+    ExpertsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RouterConfig,
+)
 from moe.model.transformer import Transformer
 from moe.model.weight_dtype import keep_weights
 from moe.training.compiled import compile_blocks
@@ -49,6 +58,27 @@ def batch(seed: int = 0, rows: int = 4, length: int = 16) -> MicroBatch:
 
 def weights(step_on: TrainingStep) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in step_on.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("backend", ["segments", "grouped"])
+def test_a_hundred_steps_have_the_losses_of_the_loop(backend: ExpertBackend) -> None:
+    """On ever new text, whose every token says which is next: from 4.2 nats down, to a thousandth at every step."""
+    losses: dict[str, list[float]] = {}
+    follows = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    for how in ("reference", backend):
+        model = Transformer(replace(config(), experts=ExpertsConfig(n_experts=4, d_ff=32, backend=how)))
+        step_on = TrainingStep(model, build_optimizer(model, OptimizerConfig()), precision="fp32", clip=1.0)
+        losses[how] = []
+        for seed in range(100):
+            text = [torch.randint(64, (4,), generator=torch.Generator().manual_seed(seed))]
+            for _ in range(16):
+                text.append(follows[text[-1]])
+            tokens = torch.stack(text, dim=1)
+            step = step_on([MicroBatch(tokens[:, :-1], tokens[:, 1:])], 1e-3).read()
+            losses[how].append(step.losses["lm_loss"])
+
+    assert losses[backend] == pytest.approx(losses["reference"], rel=1e-3)
+    assert losses[backend][-1] < 0.8 * losses[backend][0]
 
 
 def test_a_step_says_what_it_saw() -> None:

@@ -38,6 +38,8 @@ class Experts(nn.Module):
     def __init__(self, config: ExpertsConfig, feed_forward: FeedForwardConfig, d_model: int) -> None:
         super().__init__()
         self.backend = config.backend
+        self.on_cpu: ExpertBackend = "segments"
+        """what ``auto`` takes on a CPU; training measures which is fastest there"""
         self.activation = feed_forward.activation
         width_in = input_width(feed_forward.activation, config.d_ff)
         self.w_in = nn.Parameter(torch.empty(config.n_experts, width_in, d_model))
@@ -50,7 +52,7 @@ class Experts(nn.Module):
         weights = self.weights
         if self.backend == "auto" and few.fits(x, routing):
             return few.few_experts(x, routing, weights)
-        return _BACKENDS[choose_backend(self.backend, x, weights)](x, routing, weights)
+        return _BACKENDS[choose_backend(self.backend, x, weights, self.on_cpu)](x, routing, weights)
 
     def one(self, expert: int, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         """The output of one expert for every token, unweighted."""
@@ -62,15 +64,18 @@ class Experts(nn.Module):
         return ExpertWeights(self.w_in, self.w_out, self.b_in, self.b_out, self.activation)
 
 
-def choose_backend(wanted: ExpertBackend, x: Tensor, weights: ExpertWeights) -> ExpertBackend:
+def choose_backend(
+    wanted: ExpertBackend, x: Tensor, weights: ExpertWeights, on_cpu: ExpertBackend = "segments"
+) -> ExpertBackend:
     """The back-end to use on ``x``: the one wanted if it fits, else the reference loop, with a warning that says why.
 
-    ``auto`` takes ``segments`` on a CPU, and elsewhere ``fused`` where its kernels run and ``grouped`` where not.
+    ``auto`` takes ``on_cpu`` on a CPU, if that fits; elsewhere ``fused`` where its kernels run, else ``grouped``.
     """
     backend: ExpertBackend = wanted
     if wanted == "auto":
         on_gpu: ExpertBackend = "grouped" if fused.unsupported(x, weights) else "fused"
-        backend = "segments" if x.device.type == "cpu" else on_gpu
+        fits = on_cpu not in _UNSUPPORTED or _UNSUPPORTED[on_cpu](x, weights) is None
+        backend = (on_cpu if fits else "segments") if x.device.type == "cpu" else on_gpu
     reason = _UNSUPPORTED[backend](x, weights) if backend in _UNSUPPORTED else None
     if reason is None:
         return backend
