@@ -43,6 +43,8 @@ class ModelConfig:
     """a bias on the logits of the vocabulary (Phi-3.5-MoE)"""
     init_std: float = 0.02
     """standard deviation of the initial weights; residual outputs are scaled by 1 / sqrt(2 n_layers)"""
+    deterministic: bool = False
+    """the same bits for a text whatever else is computed beside it, by sums of one order, at a cost in speed"""
     dense_twin: bool = False
     """replace each mixture by the dense layer of the same active parameters and FLOPs, for comparison"""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -64,6 +66,11 @@ class ModelConfig:
             self.norm_bias or self.norm == "layernorm",
             "norm_bias",
             "is false, but rmsnorm has none",
+        )
+        require(
+            not (self.deterministic and self.special.constant),
+            "deterministic",
+            "is true, but the products of constant experts (special.constant) depend on the batch",
         )
         self._require_positions_that_fit()
         self._require_a_router_that_fits()

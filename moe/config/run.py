@@ -42,6 +42,16 @@ class Config:
             "data.sequence_length",
             f"is {self.data.sequence_length}, but model.max_seq is {self.model.max_seq}",
         )
+        require(
+            not (self.model.deterministic and self.training.compile),
+            "training.compile",
+            "is true, but model.deterministic promises bits that what is compiled for one size may not have",
+        )
+        require(
+            not (self.model.deterministic and self.parallel.tensor > 1),
+            "parallel.tensor",
+            f"is {self.parallel.tensor}, but model.deterministic wants the whole of every sum on one rank",
+        )
         self._require_a_model_that_divides()
 
     def _require_a_model_that_divides(self) -> None:

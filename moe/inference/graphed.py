@@ -20,6 +20,8 @@ WARM_UP = 3
 def can_graph(model: Transformer) -> bool:
     """Whether every step of decoding ``model`` launches the same kernels: on a GPU, with a router that does not wait.
 
+    Not under ``model.deterministic``, whose experts in float32 ask how many rows there are.
+
     Not with hooks on modules, which a replay would not call, nor under autocast.
     """
     config, router = model.config, model.config.router
@@ -29,6 +31,7 @@ def can_graph(model: Transformer) -> bool:
         and (router.selection in ("top_k", "group_limited") or not config.moe_layers)
         and not (router.capacity.factor and router.capacity.in_evaluation)
         and not config.special.total
+        and not config.deterministic
         and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         and not torch.is_autocast_enabled("cuda")
     )

@@ -35,7 +35,8 @@ def can_read(model: Transformer, n_sequences: int) -> bool:
     """Whether :class:`OneToken` can stand in for ``model`` in evaluation: on a CPU, where nothing hooks into a module.
 
     Not with layer norms, norms of queries and keys, biases in the attention, or a router that sees the logits of the
-    layer before; not for more sequences than :mod:`moe.model.experts.few` is for; not under autocast.
+    layer before; not for more sequences than :mod:`moe.model.experts.few` is for; not under autocast, nor where sums
+    keep an order of their own (``model.deterministic``).
     """
     config = model.config
     return (
@@ -43,6 +44,7 @@ def can_read(model: Transformer, n_sequences: int) -> bool:
         and config.attention.qk_norm == "none"
         and not config.attention.bias
         and not config.router.residual
+        and not config.deterministic
         and n_sequences * config.router.top_k <= MOST_ASSIGNMENTS
         and all(parameter.device.type == "cpu" for parameter in model.parameters())
         and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

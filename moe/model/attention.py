@@ -1,5 +1,6 @@
 """Causal self-attention with rotary positions and grouped heads."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from moe.config import ModelConfig
 from moe.model import short_attention
 from moe.model.cache import Cache
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""the signature of :func:`attend`"""
 
 
 class Attention(nn.Module):
@@ -26,6 +30,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.d_model, key_width, bias=attention.bias)
         self.value = nn.Linear(config.d_model, key_width, bias=attention.bias)
         self.output = nn.Linear(query_width, config.d_model, bias=attention.bias)
+        self.attend: Attend = attend
         self.qk_norm = attention.qk_norm
         if attention.qk_norm != "none":
             per_head = attention.qk_norm == "head"
@@ -50,7 +55,7 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.store(self.layer, keys, values)
             keys, values = keys.to(queries.dtype), values.to(queries.dtype)
-        heads = attend(queries, keys, values, visible)
+        heads = self.attend(queries, keys, values, visible)
         output: Tensor = self.output(rearrange(heads, "b h s d -> b s (h d)"))
         return output
 

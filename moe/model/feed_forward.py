@@ -1,5 +1,7 @@
 """The two- or three-matrix MLP that every feed-forward layer is made of: dense, expert and shared expert alike."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -7,6 +9,8 @@ from torch import Tensor, nn
 
 from moe.config import Activation, FeedForwardConfig
 
+Activate = Callable[[Tensor, Activation], Tensor]
+"""the signature of :func:`activate`"""
 GATED = ("swiglu", "swiglu_clamped")
 CLAMP, CLAMPED_SLOPE = 7.0, 1.702
 """GPT-OSS: both halves within 7, a steeper gate (close to GELU), and a value that starts at 1 (its model card)."""
@@ -21,12 +25,13 @@ class FeedForward(nn.Module):
     def __init__(self, config: FeedForwardConfig, d_model: int, d_ff: int) -> None:
         super().__init__()
         self.activation: Activation = config.activation
+        self.activate: Activate = activate
         self.w_in = nn.Linear(d_model, input_width(config.activation, d_ff), bias=config.bias)
         self.w_out = nn.Linear(d_ff, d_model, bias=config.bias)
 
     def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
         """Map each token on its own."""
-        output: Tensor = self.w_out(activate(self.w_in(x), self.activation))
+        output: Tensor = self.w_out(self.activate(self.w_in(x), self.activation))
         return output
 
 

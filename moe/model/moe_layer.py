@@ -1,5 +1,7 @@
 """The mixture-of-experts layer: router -> experts -> combine, and what stands beside the experts."""
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -9,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from moe.config import ModelConfig
 from moe.model.experts import Experts
 from moe.model.feed_forward import FeedForward
+from moe.model.invariant import make_invariant
+from moe.model.invariant.elementwise import sigmoid
 from moe.model.router import Router
 from moe.model.router.weights import straight_through_weights
 from moe.model.routing import Routing
@@ -35,6 +39,8 @@ class MoELayer(nn.Module):
         self.experts = Experts(config.experts, config.feed_forward, config.d_model)
         self.special = SpecialExperts(config.special, config.d_model) if config.special.total else None
         self.shared = SharedExperts(config) if config.shared.n_experts else None
+        if config.deterministic:
+            make_invariant(self)
 
     def forward(
         self,
@@ -108,8 +114,9 @@ class SharedExperts(nn.Module):
         super().__init__()
         self.mlp = FeedForward(config.feed_forward, config.d_model, config.shared_width)
         self.gate = nn.Linear(config.d_model, 1, bias=False) if config.shared.gated else None
+        self.sigmoid: Callable[[Tensor], Tensor] = sigmoid if config.deterministic else torch.sigmoid
 
     def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
         """Map each token on its own."""
         y: Tensor = self.mlp(x)
-        return y if self.gate is None else torch.sigmoid(self.gate(x)) * y
+        return y if self.gate is None else self.sigmoid(self.gate(x)) * y

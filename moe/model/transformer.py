@@ -17,6 +17,7 @@ from moe.model.attention import Attention, rotation_of, visible_keys
 from moe.model.cache import Cache
 from moe.model.feed_forward import FeedForward
 from moe.model.initialise import initialise
+from moe.model.invariant import make_invariant
 from moe.model.moe_layer import MoELayer
 from moe.model.routing import Routing
 
@@ -43,6 +44,8 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         initialise(self, config.init_std, config.n_layers, seed)
+        if config.deterministic:
+            make_invariant(self)
 
     def forward(
         self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None = None, cache: Cache | None = None

@@ -26,6 +26,7 @@ from moe.training.machine import (
     fastest_backend,
     float32_products,
     keep_freed_memory,
+    repeat_exactly,
     set_float32_products,
     use_fastest_float32,
 )
@@ -277,8 +278,10 @@ def _console(config: Config, world: World) -> Console:
 
 def _join(config: Config) -> tuple[torch.device, World]:
     device = choose_device(config.training.device, local_rank())
+    if config.model.deterministic:
+        repeat_exactly()
     world = join_world(device)
-    if device.type == "cpu":
+    if device.type == "cpu" and not config.model.deterministic:  # time must not choose what decides bits
         if world.is_first:  # the others find what it measured
             use_fastest_float32()
         world.wait()

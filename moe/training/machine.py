@@ -5,6 +5,7 @@ never done by importing.
 """
 
 import ctypes
+import os
 import time
 from contextlib import AbstractContextManager, suppress
 
@@ -154,6 +155,16 @@ class _Block:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
     """bf16 autocast over float32 weights, or none."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def repeat_exactly() -> None:
+    """Let torch choose the kernels that give the same bits again; call it before the first product on a GPU.
+
+    cuBLAS needs to be told of a fixed workspace for that. An operator without such a kernel warns.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def keep_freed_memory() -> None:

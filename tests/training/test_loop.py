@@ -257,6 +257,16 @@ def test_checkpoints_come_when_they_are_due(begin: Begin) -> None:
     assert kept == ["step-00000006", "step-00000009", "step-00000011"]
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_trained_twice_is_trained_once(begin: Begin, deterministic: bool) -> None:
+    first, second = (begin(name, {**HARD, "model.deterministic": deterministic}) for name in ("first", "second"))
+    for training in (first, second):
+        for _ in range(3):
+            training.take_step()
+
+    assert all(torch.equal(value, weights(first)[name]) for name, value in weights(second).items())
+
+
 def test_the_random_numbers_of_the_process_do_not_matter(begin: Begin) -> None:
     """Dropout is a function of the seed, the step and the rows."""
     first, second = begin("first", HARD), begin("second", HARD)

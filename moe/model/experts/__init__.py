@@ -40,6 +40,8 @@ class Experts(nn.Module):
         self.backend = config.backend
         self.on_cpu: ExpertBackend = "segments"
         """what ``auto`` takes on a CPU; training measures which is fastest there"""
+        self.compute: Backend | None = None
+        """what computes them in place of a back-end"""
         self.activation = feed_forward.activation
         width_in = input_width(feed_forward.activation, config.d_ff)
         self.w_in = nn.Parameter(torch.empty(config.n_experts, width_in, d_model))
@@ -50,6 +52,8 @@ class Experts(nn.Module):
     def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
         """Send each token through its selected experts and sum their weighted outputs."""
         weights = self.weights
+        if self.compute is not None:
+            return self.compute(x, routing, weights)
         if self.backend == "auto" and few.fits(x, routing):
             return few.few_experts(x, routing, weights)
         return _BACKENDS[choose_backend(self.backend, x, weights, self.on_cpu)](x, routing, weights)

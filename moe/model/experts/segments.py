@@ -83,21 +83,22 @@ def lay_out(
     ``executed``: which assignments an expert computes; None: all. ``n_rows``: R, where it is to be larger than needed.
     """
     n_tokens, top_k = selected.shape
-    expert = selected.flatten()
+    expert, device = selected.flatten(), selected.device
     if executed is not None:
         expert = expert.where(executed.flatten(), n_experts)
     sorted_expert, order = expert.sort(stable=True)
-    counts = torch.zeros(n_experts + 1, dtype=torch.int64).scatter_add_(0, expert, torch.ones_like(expert))[:n_experts]
+    counts = torch.zeros(n_experts + 1, dtype=torch.int64, device=device)
+    counts = counts.scatter_add_(0, expert, torch.ones_like(expert))[:n_experts]
     lengths = (counts + ROWS - 1) // ROWS * ROWS
     ends = lengths.cumsum(0)
     n_rows = int(ends[-1]) if n_rows is None else n_rows
     n_computed = int(counts.sum())
     # A row is its rank within its expert plus the start of that expert's segment.
     shift = (ends - lengths) - (counts.cumsum(0) - counts)
-    rows = torch.arange(n_computed) + shift[sorted_expert[:n_computed]]
-    token_of_row = torch.full((n_rows,), n_tokens)
+    rows = torch.arange(n_computed, device=device) + shift[sorted_expert[:n_computed]]
+    token_of_row = torch.full((n_rows,), n_tokens, device=device)
     token_of_row[rows] = order[:n_computed] // top_k
-    row_of_assignment = torch.full((n_tokens * top_k,), n_rows)
+    row_of_assignment = torch.full((n_tokens * top_k,), n_rows, device=device)
     row_of_assignment[order[:n_computed]] = rows
     return Segments(_spans(ends), token_of_row, row_of_assignment.view(n_tokens, top_k))
 

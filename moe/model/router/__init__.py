@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moe.config import RouterConfig
+from moe.config import RouterConfig, Score
 from moe.model.router import fused
 from moe.model.router.capacity import beyond_capacity, kept_second_choices
-from moe.model.router.logits import cosine_logits, linear_logits, logit_norm, noise_std, score_function
+from moe.model.router.logits import Product, cosine_logits, linear_logits, logit_norm, noise_std, score_function
 from moe.model.router.selection import Choice, choose
 from moe.model.router.weights import combine_weights, equal_scores
 from moe.model.routing import LearnedNoise, Routing
@@ -61,6 +61,8 @@ class Router(nn.Module):
         self.temperature = (
             nn.Parameter(torch.tensor(config.initial_temperature)) if config.projection == "cosine" else None
         )
+        self.product: Product = linear_logits
+        self.score: Callable[[Tensor, Score], Tensor] = score_function
         self.selection_bias: Tensor | None
         self.register_buffer("selection_bias", None if config.selection_bias == "none" else torch.zeros(n_experts))
 
@@ -86,7 +88,7 @@ class Router(nn.Module):
             raise FloatingPointError("the router's logits are not finite")
         if fused.usable(self.config, logits, self.training):
             return self.within_capacity(self._fused(logits, noise, mask, n_sequences))
-        scores = score_function(logits, self.config.score)
+        scores = self.score(logits, self.config.score)
         choice = choose(
             self.config,
             logits,
@@ -152,22 +154,22 @@ class Router(nn.Module):
                 x = x.to(dtype)
                 x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
             if self.inner_weight is None:
-                logits = linear_logits(x, self.weight)
+                logits = self.product(x, self.weight)
             elif self.temperature is not None:
-                logits = cosine_logits(linear_logits(x, self.inner_weight), self.weight, self.temperature)
+                logits = cosine_logits(self.product(x, self.inner_weight), self.weight, self.temperature, self.product)
             else:
-                logits = linear_logits(linear_logits(x, self.inner_weight).tanh(), self.weight)
+                logits = self.product(self.product(x, self.inner_weight).tanh(), self.weight)
             if self.bias is not None:
                 logits = logits + self.bias.to(dtype)
             if self.residual_weight is not None:
                 if previous_logits is None:
                     raise ValueError("a residual router needs the logits of the mixture layer before: previous_logits")
-                logits = logits + linear_logits(previous_logits, self.residual_weight)
+                logits = logits + self.product(previous_logits, self.residual_weight)
             if self.config.logit_norm is not None:
                 logits = logit_norm(logits, self.config.logit_norm)
             if self.noise_weight is None or not self.training:
                 return logits, None
-            std = noise_std(linear_logits(x, self.noise_weight))
+            std = noise_std(self.product(x, self.noise_weight))
             return logits + torch.randn_like(logits) * std, LearnedNoise(logits, std)
 
     def weigh(

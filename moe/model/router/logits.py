@@ -1,5 +1,6 @@
 """From hidden states to logits, and from logits to scores."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from moe.config import Score
 
+Product = Callable[[Tensor, Tensor], Tensor]
+"""the signature of :func:`linear_logits`"""
 COLDEST = 0.01
 """The cosine router's temperature goes no lower: its logits stay within 100 (as in Tutel)."""
 
@@ -24,11 +27,14 @@ def linear_logits(x: Float[Tensor, "T n"], weight: Float[Tensor, "m n"]) -> Floa
 
 
 def cosine_logits(
-    x: Float[Tensor, "T W"], experts: Float[Tensor, "E W"], temperature: Float[Tensor, ""]
+    x: Float[Tensor, "T W"],
+    experts: Float[Tensor, "E W"],
+    temperature: Float[Tensor, ""],
+    product: Product = linear_logits,
 ) -> Float[Tensor, "T E"]:
     """cos(x, e) / τ for each expert's vector e (Chi et al. 2022, X-MoE, eq. 6-7): bounded, whatever the norm of x."""
     unit = F.normalize(experts.to(x.dtype), dim=-1)
-    return linear_logits(F.normalize(x, dim=-1), unit) / temperature.to(x.dtype).clamp(min=COLDEST)
+    return product(F.normalize(x, dim=-1), unit) / temperature.to(x.dtype).clamp(min=COLDEST)
 
 
 def logit_norm(logits: Float[Tensor, "T E"], factor: float) -> Float[Tensor, "T E"]:
