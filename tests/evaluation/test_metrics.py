@@ -98,16 +98,11 @@ def test_what_calibrated_models_show_is_what_draws_from_one_show() -> None:
     assert calibrated_error([np.full(20_000, 0.3)]) == pytest.approx(math.sqrt(2 / math.pi * 0.21 / 20_000))
     generator = np.random.default_rng(0)
     confidence = generator.random(3_000)
+    part = predictions(document=[0] * 3_000, loss=[1] * 3_000, n_bytes=[1], confidence=confidence.tolist())
     seen = []
     for _ in range(200):
-        part = predictions(
-            document=[0] * 3_000,
-            loss=[1] * 3_000,
-            n_bytes=[1],
-            confidence=confidence.tolist(),
-            correct=(generator.random(3_000) < confidence).tolist(),
-        )
-        seen.append(float(calibration_error(calibration_sums(part).ravel())))
+        drawn = replace(part, correct=generator.random(3_000) < confidence)
+        seen.append(float(calibration_error(calibration_sums(drawn).ravel())))
     assert calibrated_error([confidence]) == pytest.approx(np.mean(seen), rel=0.05)
 
 
