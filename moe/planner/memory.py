@@ -24,6 +24,8 @@ from moe.planner.layout import (
 
 Recipe = Literal["fp32", "bf16", "mixed", "mixed_fp32_gradients"]
 
+BUCKET = 1 << 26
+"""numbers that replicas sum at once, where one parameter has no more: BUCKET of moe/parallel/gradients.py"""
 HEAD_BLOCK = 1 << 30
 """largest block of logits on a GPU, counted as float32: BLOCK_BYTES of moe/training/head_loss.py"""
 
@@ -142,33 +144,46 @@ def memory_of(model: ModelConfig, layout: Layout, step: Step, rank: int = 0) -> 
     head_gradients = persistent(head, layout, step)[1]
     accumulates = step.n_micro_batches > 1
 
-    kept = sum(block.kept for block in blocks.values()) + ends_kept(model, step)
+    sent, received = pipeline_buffers(model, layout, step, rank)
+    kept = sum(block.kept for block in blocks.values()) + ends_kept(model, step) + sent
     # Of the pipeline's other micro-batches, and the last one's hidden states, which the step has a name for.
     waiting = (micro_batches_in_flight(layout, step, rank) - 1) * kept
     hidden = step.tokens * model.d_model * step.stream if head.total else 0.0
-    gathered = gathered_weights(max((share.total for share in shares.values()), default=0), layout, step)
+    shards = layout.zero == 3 and layout.sharing > 1
+    # The root of FSDP, embedding and head, stays gathered; it is not cast.
+    ends = received + ((embedding.total + head.total - head.precise) * step.stream if shards else 0.0)
 
     moments: list[tuple[float, float, float]] = []
     before = gradients if accumulates else 0.0
     if layers:
-        moments.append((before, waiting + kept, gathered + blocks[layers[-1]].forward))
+        whole = fsdp_buffers(shares[layers[-1]], layout, step, is_last=True).whole if shards else 0.0
+        moments.append((before, waiting + kept, ends + whole + blocks[layers[-1]].forward))
     if head.total:
         activations = waiting + kept + hidden + last_norm_kept(model, layout, step)
-        moments.append((before, activations, gathered + head_loss_bytes(model, layout, step)))
+        moments.append((before, activations, ends + head_loss_bytes(model, layout, step)))
     left, so_far = kept, head_gradients
+    # Whole gradients of the head wait for the end, where FSDP sums them.
+    ends += (head.total - head.precise) * step.stream if shards else 0.0
     for layer in reversed(layers):
         own = persistent(shares[layer], layout, step)[1]
+        held = ends + blocks[layer].again
+        if shards:
+            sharding = fsdp_buffers(shares[layer], layout, step, is_last=layer == layers[-1])
+            held += sharding.computing
+            there = gradients if accumulates else so_far
+            moments.append((there, waiting + hidden + left - blocks[layer].kept, ends + sharding.reducing))
         for moment in blocks[layer].backward:
             there = gradients if accumulates else so_far + moment.gradients * (layout.zero < 2)
             passing = moment.passing + moment.gradients * (accumulates or layout.zero >= 2)
-            buffers = gathered + blocks[layer].again + moment.buffers + passing
             # What is gone was kept, or computed again.
-            moments.append((there, waiting + hidden + left, buffers - moment.gone))
+            moments.append((there, waiting + hidden + left, held + moment.buffers + passing - moment.gone))
         so_far += own
         left -= blocks[layer].kept
     table = persistent(embedding, layout, step)[1] if embedding.total else 0.0
     again = table if accumulates or (model.tie_embeddings and head.total) else 0.0
-    moments.append((gradients, waiting + hidden + left, step.tokens * model.d_model * step.stream + again))
+    moments.append((gradients, waiting + hidden + left, ends + step.tokens * model.d_model * step.stream + again))
+    if layout.data > 1 and layout.zero < 2:
+        moments.append((gradients, hidden, received + added_at_once(model, layout, step, rank)))
     peak = max(moments, key=sum)
     return Memory(weights=weights, optimizer=optimizer, gradients=peak[0], activations=peak[1], buffers=peak[2])
 
@@ -211,9 +226,53 @@ def micro_batches_in_flight(layout: Layout, step: Step, rank: int) -> float:
     return float(min(step.n_micro_batches, warm_up))
 
 
-def gathered_weights(largest_block: int, layout: Layout, step: Step) -> float:
-    """With ZeRO-3: the whole weights of two blocks, one that computes and one that is fetched, and one's gradients."""
-    return 3.0 * largest_block * step.dtype if layout.zero == 3 and layout.sharing > 1 else 0.0
+def pipeline_buffers(model: ModelConfig, layout: Layout, step: Step, rank: int) -> tuple[float, float]:
+    """Bytes of what a pipeline rank has sent on of one micro-batch, which waits for its gradient, and of the buffers in
+    which torch's schedules receive: one for each micro-batch of a step, on every side that has a neighbour."""
+    width = step.tokens * model.d_model * step.stream / layout.tensor
+    parts = layout.pipeline * layout.stages
+    stages = range(rank, parts, layout.pipeline)
+    forward = sum(stage > 0 for stage in stages)
+    backward = sum(stage < parts - 1 for stage in stages)
+    return width * backward, step.n_micro_batches * width * (forward + backward)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """What FSDP holds of one block beside its shards, in bytes."""
+
+    whole: float
+    """its weights, gathered"""
+    computing: float
+    """while the block's backward pass runs"""
+    reducing: float
+    """when that is over and the gradients are summed"""
+
+
+def fsdp_buffers(share: Share, layout: Layout, step: Step, *, is_last: bool) -> Sharding:
+    """Whole weights of a block and, flat, of the one that is fetched; the gradients of the one before, flat in float32,
+    until its own are summed.
+
+    Routers and norms are whole anyway. Experts that are spread over ranks are a unit of their own: with them only the
+    rest of the next block is fetched.
+    """
+    dense, apart = share.dense - share.precise, layout.expert > 1
+    experts = share.experts if layout.sharing_experts() > 1 or not apart else 0
+    fetched = step.dtype * float(dense if apart else dense + experts)
+    before = 4.0 * (dense if apart else dense + experts)
+    own = 4.0 * (max(dense, experts) if apart else dense + experts)
+    whole = step.dtype * (dense + experts)
+    computing = whole + fetched + before * (not is_last)
+    return Sharding(whole=whole, computing=computing, reducing=fetched + whole + own * (1 + 1 / layout.sharing))
+
+
+def added_at_once(model: ModelConfig, layout: Layout, step: Step, rank: int) -> float:
+    """Bytes of the copy in which replicas sum their gradients: many small ones together, or a large one."""
+    share = share_of(model, layout, rank)
+    blocks = [share_of_block(model, layout, layer) for layer in layers_of(model, layout, rank)[-1:]]
+    w_in = max((block.experts * w_in_share(model) for block in blocks), default=0.0)
+    table = max(share_of_embedding(model, layout, rank).total, share_of_head(model, layout, rank).total)
+    return RECIPES[step.recipe].gradient * max(w_in, table, min(BUCKET, share.total))
 
 
 def w_in_share(model: ModelConfig) -> float:
@@ -261,6 +320,7 @@ def block_bytes(model: ModelConfig, layout: Layout, step: Step, layer: int) -> B
     tokens, t = step.tokens, layout.tensor
     width = tokens * model.d_model / t
     stream = width * step.stream
+    beside = gradient_beside(model, layout, step)
     attention_copies, mlp_copies = _weight_copies(model, layout, step, layer)
     attention = tokens * attention_kept(model, layout, step) + attention_copies
     mixture = layer in model.moe_layers
@@ -271,19 +331,19 @@ def block_bytes(model: ModelConfig, layout: Layout, step: Step, layer: int) -> B
     if mixture:
         mlp = tokens * experts_kept(model, layout, step) + mlp_copies
         forward = tokens * experts_forward(model, layout, step)
-        moments += [Moment(buffers=stream + tokens * mlp_backward(model, model.shared_width, step) / t)] * (shared > 0)
+        moments += [Moment(buffers=beside + tokens * mlp_backward(model, model.shared_width, step) / t)] * (shared > 0)
         moments += experts_moments(model, layout, step, layer, mlp, shared)
     else:
         mlp = tokens * mlp_kept(model, model.dense_width(layer), step) / t + mlp_copies
         forward = width * step.dtype
-        moments.append(Moment(buffers=stream + tokens * mlp_backward(model, model.dense_width(layer), step) / t))
+        moments.append(Moment(buffers=beside + tokens * mlp_backward(model, model.dense_width(layer), step) / t))
     before_attention = mlp + shared + mlp_input
     moments.append(
         Moment(
-            buffers=stream + tokens * attention_backward(model, layout, step),
+            buffers=beside + tokens * attention_backward(model, layout, step),
             gone=before_attention,
-            gradients=step.dtype * share_of_block(model, layout, layer).experts * (not step.casts_weights),
-            passing=4.0 * share_of_block(model, layout, layer).experts * step.casts_weights,
+            gradients=step.dtype * share_of_block(model, layout, layer).experts * (not _casts(layout, step)),
+            passing=4.0 * share_of_block(model, layout, layer).experts * _casts(layout, step),
         )
     )
     everything = attention + mlp_input + mlp + shared + routing
@@ -297,7 +357,15 @@ def block_bytes(model: ModelConfig, layout: Layout, step: Step, layer: int) -> B
         kept = everything - attention + stream
         moments[-1] = replace(moments[-1], gone=before_attention - attention)
     forward += 3 * stream  # what came in, what attention added to it, and the sum
+    if again:
+        moments.insert(0, Moment(buffers=stream + forward + (4 * tokens * model.d_model if layout.expert > 1 else 0)))
     return BlockBytes(kept=kept, forward=forward + everything - kept, again=again, backward=tuple(moments))
+
+
+def gradient_beside(model: ModelConfig, layout: Layout, step: Step) -> float:
+    """The gradient of the residual stream that goes by; with tensor parallelism, that of the whole sequence as well."""
+    part = step.tokens * model.d_model * step.stream / layout.tensor
+    return part + (step.tokens * model.d_model * step.stream if layout.tensor > 1 else 0)
 
 
 def experts_moments(
@@ -311,8 +379,10 @@ def experts_moments(
     tokens, k, d_model = step.tokens, model.mlps_per_token, model.d_model
     experts = share_of_block(model, layout, layer).experts
     returned = float(step.dtype * experts)
-    stays = not step.casts_weights
-    beside = tokens * d_model * step.stream / layout.tensor
+    stays = not _casts(layout, step)
+    beside = gradient_beside(model, layout, step)
+    if layout.expert > 1:  # the gradient of the whole sequence has become rows
+        beside = tokens * d_model * step.stream / layout.tensor
     if _grouped(model, step):
         rows = tokens * k / layout.tensor
         hidden = hidden_rows(model.feed_forward, model.experts.d_ff)
@@ -331,15 +401,16 @@ def experts_moments(
         moments = [
             Moment(
                 buffers=beside + tokens * experts_backward(model, layout, step),
-                gone=gone,
+                # Outputs that came back are used up first.
+                gone=gone + (tokens * step.dtype * k * d_model if layout.expert > 1 else 0),
                 gradients=returned * stays,
                 passing=returned * (not stays),
             )
         ]
-    if step.casts_weights:
+    if _casts(layout, step):
         w_in, many = w_in_share(model), step.n_micro_batches > 1
         cast = returned * w_in + 4 * experts * (w_in if many else 1)
-        after = beside + tokens * d_model * step.dtype / layout.tensor
+        after = beside + tokens * d_model * step.dtype
         moments.append(Moment(buffers=after, gone=gone + kept, passing=cast))
     return moments
 
@@ -368,12 +439,14 @@ def attention_kept(model: ModelConfig, layout: Layout, step: Step) -> float:
 
 
 def norm_and_input_kept(model: ModelConfig, layout: Layout, step: Step, *, is_mixture: bool) -> float:
-    """Bytes a token: the float32 input of the norm before the MLPs, and what it gives them.
+    """Bytes a token: the float32 input of the norm before the MLPs, and what it gives them: the whole sequence.
 
     Under autocast over float32 weights a router reads that in float32, beside the experts' copy in bfloat16.
     """
-    copies = step.dtype + (4 if is_mixture and step.casts_weights else 0)
-    return (4 * (model.d_model + 1) + copies * model.d_model) / layout.tensor
+    copies = float(step.dtype)
+    if is_mixture and step.casts_weights:
+        copies = 4 + (step.dtype if layout.expert == 1 else 0)  # rows that are sent away are copies of their own
+    return 4 * (model.d_model + 1) / layout.tensor + copies * model.d_model
 
 
 def routing_kept(model: ModelConfig) -> float:
@@ -389,8 +462,8 @@ def experts_kept(model: ModelConfig, layout: Layout, step: Step) -> float:
     """Bytes a token: the fused kernels keep the pre-activation of each assignment, and nothing else but their input.
 
     Grouped products keep their sorted input, the pre-activation, what the activation is made of, and the output once
-    more in float32 for its weight. With expert parallelism the rows that arrived are kept as well: as many as were
-    sent, where the load is even.
+    more in float32 for its weight. With expert parallelism the rows that arrived and the outputs that came back are
+    kept as well: as many as were sent, where the load is even.
     """
     k, d_model, f = model.mlps_per_token, model.d_model, model.experts.d_ff
     rows = hidden_rows(model.feed_forward, f) / layout.tensor
@@ -398,14 +471,19 @@ def experts_kept(model: ModelConfig, layout: Layout, step: Step) -> float:
     if _grouped(model, step):
         kept += step.dtype * k * (d_model + _activation_parts(model) * f / layout.tensor) + 4 * k * d_model
     if layout.expert > 1:
-        kept += 2 * step.dtype * k * d_model / layout.tensor
+        kept += 2 * step.dtype * k * d_model
     return kept
 
 
 def experts_forward(model: ModelConfig, layout: Layout, step: Step) -> float:
-    """Bytes a token at the end of the experts' forward pass: the activation and the output of each assignment; for
-    grouped products the output twice, once more in float32, and its sum."""
+    """Bytes a token at the end of the experts' forward pass.
+
+    The activation and the output of each assignment; for grouped products the output twice, once more in float32, and
+    its sum. With expert parallelism rows that were sent, their outputs there and here, and sums in float32.
+    """
     k, d_model, f = model.mlps_per_token, model.d_model, model.experts.d_ff
+    if layout.expert > 1:
+        return 3 * step.dtype * k * d_model + 3 * 4 * d_model
     if _grouped(model, step):
         return (2 * step.dtype + 4) * k * d_model + 4 * d_model
     return step.dtype * k * (f / layout.tensor + d_model) + step.stream * d_model
@@ -414,9 +492,11 @@ def experts_forward(model: ModelConfig, layout: Layout, step: Step) -> float:
 def experts_backward(model: ModelConfig, layout: Layout, step: Step) -> float:
     """Bytes a token while the fused kernels' backward pass runs: the activation again, the gradient of the
     pre-activation, a row of the model's width for each assignment, and the input's gradient; where the stream is wider
-    than the products, a cast of the gradient that comes in."""
+    than the products, a cast of the gradient that comes in. With expert parallelism input and gradient are rows."""
     k, d_model, f = model.mlps_per_token, model.d_model, model.experts.d_ff
     rows = (hidden_rows(model.feed_forward, f) + f) / layout.tensor
+    if layout.expert > 1:
+        return step.dtype * k * (rows + 3 * d_model)
     cast = d_model * step.dtype if step.casts_weights else 0
     return step.dtype * (k * (rows + d_model) + d_model) + cast
 
@@ -453,9 +533,14 @@ def mlp_backward(model: ModelConfig, width: int, step: Step) -> float:
     return float(step.dtype * hidden_rows(model.feed_forward, width))
 
 
+def _casts(layout: Layout, step: Step) -> bool:
+    """Whether weights are cast for a product, and their gradients after it. FSDP gathers them in the right dtype."""
+    return step.casts_weights and not (layout.zero == 3 and layout.sharing > 1)
+
+
 def _weight_copies(model: ModelConfig, layout: Layout, step: Step, layer: int) -> tuple[float, float]:
     """Bytes of a block's weights in bfloat16, attention's and MLPs', which autograd keeps where they are float32."""
-    if not step.casts_weights:
+    if not _casts(layout, step):
         return 0.0, 0.0
     share = share_of_block(model, layout, layer)
     attention = attention_parameters(model.attention, model.d_model) / layout.tensor
