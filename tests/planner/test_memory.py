@@ -19,6 +19,7 @@ from moe.config import (
     SharedExpertsConfig,
     TrainingConfig,
     WeightDtype,
+    parse_layout,
 )
 from moe.planner.layout import Layout, layers_of, layout_in_words, share_of
 from moe.planner.memory import Step, memory_of, micro_batches_in_flight, persistent, recipe_of
@@ -105,13 +106,17 @@ def of_peak(
     weight_dtype: WeightDtype = "bf16",
     checkpointing: Checkpointing = "none",
     accumulation: int = 1,
+    words: str = "dp1",
+    pipeline_rank: int = 0,
 ) -> float:
     """The planned peak over that of the real step, rehearsed on fake tensors."""
+    layout = layout_in_words(words, ParallelConfig())
     config = Config(
         model=model,
         data=DataConfig(sequence_length=sequence),
+        parallel=parse_layout(words),
         training=TrainingConfig(
-            batch_size=micro_batch * accumulation,
+            batch_size=micro_batch * accumulation * layout.data,
             accumulation=accumulation,
             precision="bf16",
             weight_dtype=weight_dtype,
@@ -125,7 +130,9 @@ def of_peak(
         recipe=recipe_of(weight_dtype),
         checkpointing=checkpointing,
     )
-    return memory_of(model, Layout(), step).total / rehearse(config, micro_batch).peak.total
+    rank = pipeline_rank * layout.data * layout.tensor
+    rehearsed = rehearse(config, micro_batch, processes=layout.devices, rank=rank)
+    return memory_of(model, layout, step, pipeline_rank).total / rehearsed.peak.total
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "attention", "experts", "block"])
@@ -164,3 +171,30 @@ def test_seven_billion_parameters_take_what_a_rehearsal_takes(
 def test_other_shapes_take_what_a_rehearsal_takes(model: ModelConfig, settings: dict[str, Any]) -> None:
     """Wide and narrow, accumulating, with a head that is the peak, dense, shared, and with grouped products."""
     assert of_peak(model, **settings) == pytest.approx(1, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "settings"),
+    [
+        (SEVEN_BILLION, "dp4,ep4", {"micro_batch": 4}),
+        (SEVEN_BILLION, "dp4,ep4", {"micro_batch": 4, "weight_dtype": "fp32"}),
+        (SEVEN_BILLION, "dp4,full", {"micro_batch": 1}),
+        (SEVEN_BILLION, "dp4,full", {"micro_batch": 2, "weight_dtype": "fp32"}),
+        (SEVEN_BILLION, "dp8,ep4,full", {"micro_batch": 1}),
+        (published("published/mixtral-8x7b"), "dp8,ep8", {}),
+        (published("published/mixtral-8x7b"), "dp8,full", {}),
+        (published("published/qwen3-30b-a3b"), "dp8,ep8", {"weight_dtype": "fp32"}),
+        (published("published/qwen3-30b-a3b"), "dp8,full", {"checkpointing": "block"}),
+        (published("gpt4"), "tp8,dp16,ep16", {"checkpointing": "block", "sequence": 8192}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_spread_model_takes_what_a_rehearsal_takes(model: ModelConfig, words: str, settings: dict[str, Any]) -> None:
+    """Three blocks under each kind of layout, a rank of it; the whole of GPT-4 is in dev/LOG.md."""
+    assert of_peak(replace(model, n_layers=3), words=words, **settings) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_pipelines_rank_takes_what_a_rehearsal_takes(rank: int) -> None:
+    model = replace(SEVEN_BILLION, n_layers=6)
+    assert of_peak(model, words="pp3", accumulation=4, pipeline_rank=rank) == pytest.approx(1, abs=0.03)
