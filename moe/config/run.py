@@ -17,6 +17,8 @@ class RunConfig:
     """name of the run's folder; null: the configuration's name and the time"""
     folder: str = "runs"
     """where run folders are made"""
+    start_from: str | None = None
+    """a run, or one of its checkpoints, whose weights training begins with; null: new ones"""
 
     def __post_init__(self) -> None:
         require(

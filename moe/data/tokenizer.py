@@ -68,6 +68,10 @@ class Tokenizer:
         """The text of ``ids``, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=False)
 
+    def text(self) -> str:
+        """What :meth:`save` writes."""
+        return self._backend.to_str()
+
     def save(self, path: Path) -> None:
         """Write a ``tokenizer.json``."""
         self._backend.save(str(path))

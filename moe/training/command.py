@@ -106,8 +106,12 @@ def _start(config: Config, path: Path, recorder: Recorder | None) -> int:
     device, world = _join(config)
     layout_of(config, world)
     _all_or_none(world, lambda: RunFolder.require_free(config))
+    start = None if config.run.start_from is None else Path(config.run.start_from).expanduser()
+    if start is not None:
+        RunFolder.of_weights(start)
     with _console(config, world) as console:
         corpus = _in_turn(world, lambda: prepare(config.data, path.parent, console.say))
+        weights = None if start is None else _weights(start, corpus, console)
         config = config.with_vocab(corpus.tokenizer.size)
         # The first rank's answer is everyone's: two ranks that measure may not agree.
         wanted = "bf16" if config.training.weight_dtype == "bf16" else config.training.precision
@@ -121,11 +125,23 @@ def _start(config: Config, path: Path, recorder: Recorder | None) -> int:
         run_folder = _all_or_none(world, lambda: RunFolder.create(config, path.stem, corpus, world))
         training = None
         try:
-            training = Training(config, corpus, run_folder, device, world, console, recorder=recorder)
+            training = Training(config, corpus, run_folder, device, world, console, recorder=recorder, weights=weights)
             return _train(training, console)
         finally:
             if world.is_first and (training is None or training.progress.step == 0):
                 run_folder.discard()
+
+
+def _weights(path: Path, corpus: PreparedCorpus, console: Console) -> checkpoint.Checkpoint:
+    """What ``run.start_from`` names: the newest sound checkpoint of a run, or a checkpoint."""
+    run = RunFolder.of_weights(path)
+    run.require_tokens_of(corpus.tokenizer, "run.start_from")
+    if run.path != path:
+        saved = checkpoint.open_checkpoint(path)
+    else:
+        saved = checkpoint.newest(run.checkpoints_path, console.say)
+    console.say(f"beginning with the weights of {run.path} after step {saved.step}")
+    return saved
 
 
 def _begun(config: Config) -> Path | None:

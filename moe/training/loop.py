@@ -92,12 +92,15 @@ class Training:
         console: Console,
         resume: Checkpoint | None = None,
         recorder: "Recorder | None" = None,
+        weights: Checkpoint | None = None,
     ) -> None:
-        """``config`` is resolved: a vocabulary size, and a precision other than auto.
+        """``config`` is resolved: a vocabulary size, and a precision other than auto. ``weights`` are those to begin
+        with, of another run.
 
         ``recorder`` writes the routing records that ``training.record_every`` asks for; without one there are none.
 
-        Raises UserError where the batch cannot be divided among the ranks, or ``resume`` does not fit the model.
+        Raises UserError where the batch cannot be divided among the ranks, or ``resume`` or ``weights`` do not fit the
+        model.
         """
         settings = config.training
         self.config, self.corpus, self.run_folder = config, corpus, run_folder
@@ -113,6 +116,8 @@ class Training:
             remember_in(run_folder.tiles_path, write=world.is_first)
         self.model = build_model(config, mesh, device)
         self.spread = spread_of(self.model)
+        if weights is not None:
+            weights.load_model(self.model)
         self.model.activation_checkpointing = settings.activation_checkpointing
         parameters = None if self.spread is None else self.spread.parameters
         self.optimizer = build_optimizer(self.model, settings.optimizer, parameters)

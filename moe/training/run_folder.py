@@ -94,6 +94,13 @@ class RunFolder:
             raise UserError(f"{path}: is no run folder: it has no config.yaml")
         return run
 
+    @classmethod
+    def of_weights(cls, path: Path) -> "RunFolder":
+        """The run that ``path`` is, or is a checkpoint of; raises UserError where it is neither."""
+        of_run = path.parent.parent
+        is_checkpoint = path.parent.name == "checkpoints" and (of_run / "config.yaml").is_file()
+        return cls.open(of_run if is_checkpoint else path)
+
     def discard(self) -> None:
         """Remove the folder of a run that never began, so that its name is free again."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -131,6 +138,15 @@ class RunFolder:
             say(f"{saved}: is damaged or missing, and is written again")
             corpus.tokenizer.save(saved)
         return corpus
+
+    def require_tokens_of(self, other: Tokenizer, setting: str) -> None:
+        """Raise UserError, which names ``setting``, unless this run was trained with the tokens of ``other``."""
+        own = self.tokenizer()
+        if own.text() != other.text():
+            raise UserError(
+                f"{setting}: the tokens of {self.path} are not those of this corpus; set --data.tokenizer "
+                f"{self.tokenizer_path}"
+            )
 
     def load_model(self) -> Transformer:
         """The model at the newest checkpoint whose digests are right, in evaluation mode."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moe.config import BalanceConfig, CapacityConfig, ModelConfig, RouterConfig
 from moe.training import checkpoint
@@ -117,6 +118,38 @@ def test_resuming_a_finished_run_for_longer(command: Command, run: Path) -> None
     steps = [row["step"] for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
     assert "steps: 8\n" in (run / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_begins_with_the_weights_of_another(command: Command, finished: Path, tmp_path: Path, step: int) -> None:
+    """At four times the context, and without a step nothing has changed: of the run itself its newest weights."""
+    source = finished if step == 6 else finished / "checkpoints" / "step-00000003"
+    flags = ("--run.start_from", source, "--run.folder", tmp_path, "--run.name", "longer")
+    longer = ("--model.max_seq", 512, "--data.sequence_length", 64)
+    no_rate = ("--training.optimizer.lr", 1e-30, "--training.optimizer.weight_decay", 0, "--training.steps", 1)
+
+    status, output, errors = command(*flags, *longer, *no_rate)
+
+    assert (status, errors) == (0, "")
+    assert f"beginning with the weights of {finished} after step {step}" in output
+    before = load_file(finished / "checkpoints" / f"step-0000000{step}" / "model.safetensors")
+    after = load_file(tmp_path / "longer" / "checkpoints" / "step-00000001" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_weights_that_do_not_fit_are_refused(command: Command, finished: Path, tmp_path: Path) -> None:
+    flags = ("--run.start_from", finished, "--run.folder", tmp_path, "--run.name", "other")
+
+    for setting, message in {
+        ("--run.start_from", tmp_path): "is no run folder: it has no config.yaml",
+        ("--data.vocab_size", "290"): "run.start_from: the tokens of",
+        ("--model.d_model", "48"): "model.safetensors: ",
+    }.items():
+        status, _, errors = command(*(flags[2:] if setting[0] == flags[0] else flags), *setting)
+        assert status == 2
+        assert message in errors and errors.count("\n") == 1
+        assert not (tmp_path / "other").exists()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(command: Command, run: Path) -> None:
