@@ -376,7 +376,10 @@ def test_every_problem_is_reported_in_the_order_of_the_file_and_flags_last() -> 
         ({"training__compile": "1"}, "--training.compile must be true or false, not 1"),
         ({"model__router__top_k": "17"}, "--model.router.top_k is 17, but experts.n_experts is 16"),
         ({"model__router__topk": "3"}, "--model.router.topk is unknown; did you mean --model.router.top_k?"),
-        ({"run": "3"}, "--run is a section, not a setting; its settings are --run.name, --run.folder, --run.start_from"),
+        (
+            {"run": "3"},
+            "--run is a section, not a setting; its settings are --run.name, --run.folder, --run.start_from",
+        ),
     ],
 )
 def test_an_override_is_answered_by_its_flag(flags: dict[str, str], answer: str) -> None:
@@ -485,7 +488,10 @@ def test_h_is_help() -> None:
         (["--out"], "--out needs a value"),
         (["--resume=now"], "--resume takes no value, and is given 'now'"),
         (["--run.name", "a", "--run.name=b"], "--run.name is given twice; keep one of them"),
-        (["--run", "3"], "--run is a section, not a setting; its settings are --run.name, --run.folder, --run.start_from"),
+        (
+            ["--run", "3"],
+            "--run is a section, not a setting; its settings are --run.name, --run.folder, --run.start_from",
+        ),
     ],
 )
 def test_a_flag_that_cannot_be_used(arguments: list[str], answer: str) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ from moe import config_file
 from moe.errors import UserError
 from moe.evaluation.intervals import require_scipy
 from moe.evaluation.metrics import Unigram, summarise
+from moe.evaluation.needle import (
+    DEPTHS,
+    SHORTEST,
+    find_needles,
+    lengths_up_to,
+    needle_picture,
+    needle_table,
+    texts_of,
+)
 from moe.evaluation.pictures import held_out_picture
 from moe.evaluation.predictions import predict
 from moe.evaluation.score_card import card_picture, card_table
@@ -27,9 +37,11 @@ byte, top-1 accuracy and calibration on the held-out text of each domain, and th
 often a token is in the training text, each with its 95 % interval over documents and beside what chance gives.
 With --harness: a score card by lm-evaluation-harness (pip install 'moe-lab[evaluate]'), on tasks that come with this
 package or are made of the run's held-out text, offline; any other name is looked for among the harness's own.
+With --needle: a sentence is hidden at five depths of texts of growing length, and asked for at their end.
 A table is printed; its numbers and a picture go to RUN/evaluation."""
 FLAGS = {
     "--harness TASKS": "tasks, with commas between: all, or any of those that --harness list names",
+    "--needle N": "find one sentence in texts of 128, 256, ... up to N tokens, however short those of training were",
     "--limit N": "with --harness, the first N items of each task",
     "--batch-size N": f"sequences at once (default {BATCH_SIZE})",
     "--sequence-length N": "tokens that the model reads at once (default: as many as in training)",
@@ -107,6 +119,29 @@ def _evaluate_held_out(subject: Subject) -> None:
     )
     figure = held_out_picture(heading, subtitle, domains, pooled)
     subject.write("held-out", numbers, figure)
+
+
+def _look_for_needles(path: Path, options: Mapping[str, str]) -> None:
+    """Hide a sentence at every depth of texts of every length, and show where it was found."""
+    longest = count(options, "--needle") or 0
+    if longest < SHORTEST:
+        raise UserError(f"--needle is {longest}, and must be at least {SHORTEST} tokens")
+    subject = open_subject(path, options, longest)
+    corpus = subject.run.corpus(subject.config.data, say)
+    if note := competition(subject.config.model):
+        say(f"note: {note}")
+    lengths = lengths_up_to(longest)
+    total = sum(texts_of(length) * length * (1 + len(DEPTHS)) for length in lengths)
+    with tqdm(total=total, unit="token", unit_scale=True, desc="needles", leave=False, disable=None) as bar:
+        cells = find_needles(subject.model, corpus, lengths, subject.precision, bar.update)
+    trained = subject.run.config().data.sequence_length
+    heading = f"needles in held-out text under {subject.title}: trained on {trained:,} tokens, {subject.precision}"
+    print(showable(f"{heading}\n\n{needle_table(cells)}", sys.stdout))
+    subtitle = (
+        "blue: the sentence makes its number likelier where it is asked for at the end of the text than the same text "
+        "without it does, which is 0; depth 100 % is right before the question"
+    )
+    subject.write("needle", {"cells": [asdict(cell) for cell in cells]}, needle_picture(heading, subtitle, cells))
 
 
 def _give_exam(path: Path, tasks: str, options: Mapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,10 @@ class Subject:
         print(f"picture: {picture}")
 
 
-def open_subject(path: Path, options: Mapping[str, str]) -> Subject:
+def open_subject(path: Path, options: Mapping[str, str], longest: int = 0) -> Subject:
     """The model of a run or a checkpoint, loaded; every option is checked first, and that results can be written.
 
-    Raises UserError.
+    It reads at least ``longest`` tokens at once, more than model.max_seq if need be. Raises UserError where it cannot.
     """
     device = options.get("--device", "auto")
     if device not in ("auto", "cpu", "cuda"):
@@ -86,7 +86,7 @@ def open_subject(path: Path, options: Mapping[str, str]) -> Subject:
         raise UserError(f"--format is {suffix[1:]}, and must be one of {', '.join(name[1:] for name in FORMATS)}")
     run = RunFolder.open(run_of(path))
     is_checkpoint = run.path != path
-    config = run.config()
+    config = _that_reads(longest, run.config())
     length = count(options, "--sequence-length") or min(config.data.sequence_length, config.model.max_seq)
     if length > config.model.max_seq:
         raise UserError(
@@ -118,6 +118,19 @@ def open_subject(path: Path, options: Mapping[str, str]) -> Subject:
         out=out,
         suffix=suffix,
     )
+
+
+def _that_reads(longest: int, config: Config) -> Config:
+    """The configuration with ``model.max_seq`` at least ``longest``, and rotary positions as they are."""
+    model = config.model
+    if longest <= model.max_seq:
+        return config
+    if model.positions == "learned":
+        raise UserError(f"{longest:,} tokens are more than the {model.max_seq:,} positions that the model has learned")
+    rope = model.attention.rope
+    if rope.scaling in ("yarn", "llama3") and rope.original_max_seq is None:
+        rope = replace(rope, original_max_seq=int(model.max_seq / rope.factor))
+    return replace(config, model=replace(model, max_seq=longest, attention=replace(model.attention, rope=rope)))
 
 
 def run_of(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,3 +176,27 @@ def test_of_a_router_whose_tokens_compete_it_is_said() -> None:
 
 def test_of_a_dense_model_s_router_nothing_is_said() -> None:
     assert competition(replace(model("expert_choice"), dense_twin=True)) is None
+
+
+def test_a_longer_text_than_training_s_is_read_with_the_rotation_of_training(run: RunFolder, tmp_path: Path) -> None:
+    """max_seq of 160 is a bound for the rotary model; YaRN's default would take it for what was trained on."""
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    text = (copy / "config.yaml").read_text()
+    text = text.replace("scaling: none", "scaling: yarn").replace("factor: 1.0", "factor: 4.0", 1)
+    (copy / "config.yaml").write_text(text)
+
+    longer = open_subject(copy, {}, 4096).config.model
+
+    assert (longer.max_seq, longer.attention.rope.original_max_seq) == (4096, 40)
+    assert open_subject(copy, {}, 100).config.model.max_seq == 160
+
+
+def test_learned_positions_end_where_they_end(run: RunFolder, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("positions: rotary", "positions: learned"))
+
+    with pytest.raises(UserError, match="4,096 tokens are more than the 160 positions that the model has learned"):
+        open_subject(copy, {}, 4096)
