@@ -81,7 +81,10 @@ def evaluate_command(arguments: Sequence[str]) -> int:
                 f"{run.path}: has no text to be evaluated on: import it with --data.corpus FILE, or give it tasks with "
                 "--harness TASKS"
             )
-        _evaluate_held_out(open_subject(path, options))
+        if "--needle" in options:
+            _look_for_needles(path, options)
+        else:
+            _evaluate_held_out(open_subject(path, options))
     return 0
 
 

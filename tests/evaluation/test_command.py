@@ -302,16 +302,13 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_needles_are_looked_for_beyond_training_s_context(run: RunFolder, tmp_path: Path) -> None:
     """Trained on 32 tokens, with a max_seq of 160: three lengths up to 300, five depths."""
-    out = tmp_path / "out"
-    status = evaluate_command([str(run.path), "--needle", "300", "--out", str(out), "--device", "cpu"])
+    evaluate(run.path, "--needle", 300, "--out", tmp_path / "out")
 
-    assert status == 0
-    numbers = json.loads((out / "needle.json").read_text())
-    places = [(cell["length"], cell["depth"]) for cell in numbers["cells"]]
+    places = [(cell["length"], cell["depth"]) for cell in numbers(tmp_path / "out", "needle")["cells"]]
     assert places == [(length, depth) for length in (128, 256, 300) for depth in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    assert "depth of the needle" in (out / "needle.html").read_text()
+    assert "depth of the needle" in (tmp_path / "out" / "needle.html").read_text()
 
 
-def test_a_needle_needs_room(run: RunFolder) -> None:
-    with pytest.raises(UserError, match="--needle is 100, and must be at least 128 tokens"):
-        evaluate_command([str(run.path), "--needle", "100"])
+def test_a_needle_needs_room(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", str(run.path), "--needle", "100"]) == 2
+    assert capsys.readouterr().err == "--needle is 100, and must be at least 128 tokens\n"
