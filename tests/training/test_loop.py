@@ -566,7 +566,7 @@ def test_the_loss_falls(begin: Begin) -> None:
 
 
 def biases(training: Training) -> list[Tensor]:
-    return [router.selection_bias.clone() for router in training.step_on.routers]
+    return [router.selection_bias.clone() for routers in training.step_on.routers for router in routers]
 
 
 def test_a_step_moves_every_bias_by_the_sign_of_its_layers_error(begin: Begin) -> None:
