@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moe.model.attention import rotation_of, visible_keys
+from moe.config import AttentionConfig
+from moe.model.attention import Attention, visible_keys
 from moe.model.cache import KVCache
 from moe.model.experts import ExpertWeights
 from moe.model.experts.few import MOST_ASSIGNMENTS, NOBODY, sum_of_experts
 from moe.model.feed_forward import FeedForward
 from moe.model.moe_layer import MoELayer
+from moe.model.rotation import rotation_of
 from moe.model.router.logits import score_function
 from moe.model.router.weights import combine_weights
 from moe.model.transformer import Block, Transformer
@@ -34,15 +36,16 @@ from moe.model.transformer import Block, Transformer
 def can_read(model: Transformer, n_sequences: int) -> bool:
     """Whether :class:`OneToken` can stand in for ``model`` in evaluation: on a CPU, where nothing hooks into a module.
 
-    Not with layer norms, norms of queries and keys, biases in the attention, or a router that sees the logits of the
-    layer before; not for more sequences than :mod:`moe.model.experts.few` is for; not under autocast, nor where sums
-    keep an order of their own (``model.deterministic``).
+    Not with layer norms, a bias on the logits, attention that is more than :func:`_is_plain_attention` says, or a
+    router that sees the logits of the layer before; not for more sequences than :mod:`moe.model.experts.few` is for;
+    not under autocast, nor where sums keep an order of their own (``model.deterministic``).
     """
     config = model.config
     return (
         config.norm == "rmsnorm"
-        and config.attention.qk_norm == "none"
-        and not config.attention.bias
+        and not config.head_bias
+        and config.positions == "rotary"
+        and _is_plain_attention(config.attention)
         and not config.router.residual
         and not config.deterministic
         and n_sequences * config.router.top_k <= MOST_ASSIGNMENTS
@@ -89,7 +92,7 @@ class OneToken:
         self.final_gain = self._gain(model.norm)
         self.floor = torch.tensor(math.sqrt(model.config.norm_eps * model.config.d_model), dtype=self.wide)
         positions = torch.arange(cache.capacity)[None]
-        cosine, sine = rotation_of(positions, attention.head_dim, attention.rope_theta)
+        cosine, sine = rotation_of(positions, model.config)
         # (x_i, x_j) turns into (x_i cos - x_j sin, x_j cos + x_i sin): the other half comes with the sign of its sine.
         self.cosine, self.sine = torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
 
@@ -111,6 +114,7 @@ class OneToken:
         else:
             positions, visible = (real.sum(dim=1, keepdim=True) - 1).clamp(min=0), visible_keys(real, 1)
             cosine, sine = self.cosine[0, 0, positions][:, None], self.sine[0, 0, positions][:, None]
+        assert cache.keys_and_values is not None  # keys are as wide as values where can_read says yes
         newest = cache.keys_and_values.narrow(3, end - 1, 1).unbind(0)
         keys, values = cache.keys.narrow(3, 0, end).unbind(0), cache.values.narrow(3, 0, end).unbind(0)
         head_dim, n_heads, n_rotated = cosine.shape[-1], self.n_heads, self.n_rotated
@@ -161,6 +165,7 @@ class OneToken:
 
     def _lay_out(self, block: Block) -> _Layer:
         attention = block.attention
+        assert isinstance(attention, Attention)
         feed_forward: _Mixture | MoELayer | FeedForward = block.feed_forward
         if isinstance(feed_forward, MoELayer) and _is_plain(feed_forward):
             assert feed_forward.router.weight is not None
@@ -173,6 +178,20 @@ class OneToken:
             self._gain(block.feed_forward_norm),
             feed_forward,
         )
+
+
+def _is_plain_attention(attention: AttentionConfig) -> bool:
+    """Whether a :class:`_Layer` is all that attention is: whole heads that turn, by whatever angles."""
+    return (
+        attention.qk_norm == "none"
+        and not (attention.bias or attention.has_output_bias)
+        and attention.clip is None
+        and not attention.sinks
+        and attention.window is None
+        and attention.rope.fraction == 1
+        and attention.rope.mscale_all_dim is None
+        and not attention.is_latent
+    )
 
 
 def _is_plain(layer: MoELayer) -> bool:

@@ -1,4 +1,8 @@
-"""Keys and values of the tokens read so far, so that decoding reads each token once."""
+"""Keys and values of the tokens read so far, so that decoding reads each token once.
+
+What a layer stores of a token is its attention's own affair: grouped-query attention the keys and values of its key
+heads, latent attention (:mod:`.latent_attention`) one rotated key and one latent vector.
+"""
 
 from typing import Protocol, runtime_checkable
 
@@ -35,12 +39,18 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
-        heads, width = config.attention.kv_heads, config.attention.head_dim
-        self.keys_and_values = torch.zeros(
-            config.n_layers, batch, 2 * heads, capacity, width, device=device, dtype=dtype
-        )
-        """of each layer: all heads of keys, then all of values, so that a new token's can be written at once"""
-        self.keys, self.values = self.keys_and_values[:, :, :heads], self.keys_and_values[:, :, heads:]
+        heads, key_width, value_width = config.attention.cached
+
+        def room(heads: int, width: int) -> Tensor:
+            return torch.zeros(config.n_layers, batch, heads, capacity, width, device=device, dtype=dtype)
+
+        self.keys_and_values = room(2 * heads, key_width) if key_width == value_width else None
+        """of each layer: all heads of keys, then all of values, so that a new token's can be written at once; None
+        where they differ in width"""
+        if self.keys_and_values is not None:
+            self.keys, self.values = self.keys_and_values[:, :, :heads], self.keys_and_values[:, :, heads:]
+        else:
+            self.keys, self.values = room(heads, key_width), room(heads, value_width)
         self.real = torch.ones(batch, capacity, device=device, dtype=torch.bool)
         self.padded = False
         """whether some column so far may be padding"""
@@ -67,8 +77,8 @@ class KVCache:
         return self.real[:, :end] if self.padded else None
 
     def store(
-        self, layer: int, keys: Float[Tensor, "B H S d"], values: Float[Tensor, "B H S d"]
-    ) -> tuple[Float[Tensor, "B H L d"], Float[Tensor, "B H L d"]]:
+        self, layer: int, keys: Float[Tensor, "B H S d"], values: Float[Tensor, "B H S d_v"]
+    ) -> tuple[Float[Tensor, "B H L d"], Float[Tensor, "B H L d_v"]]:
         """Write the newest S keys and values of a layer (after :meth:`extend`) and return all L of them."""
         start = self.length - keys.shape[2]
         self.keys[layer, :, :, start : self.length] = keys

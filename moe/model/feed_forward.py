@@ -51,4 +51,6 @@ def activate(hidden: Float[Tensor, "*T H"], activation: Activation) -> Float[Ten
         return F.silu(gate) * value
     if activation == "gelu":
         return F.gelu(hidden)
+    if activation == "gelu_tanh":
+        return F.gelu(hidden, approximate="tanh")
     return torch.relu(hidden)

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.config import ActiveConvention, Checkpointing, ModelConfig, require
-from moe.model.attention import Attention, rotation_of, visible_keys
+from moe.model.attention import Attention, visible_keys
 from moe.model.cache import Cache
 from moe.model.feed_forward import FeedForward
 from moe.model.initialise import initialise
 from moe.model.invariant import make_invariant
+from moe.model.latent_attention import LatentAttention
 from moe.model.moe_layer import MoELayer
+from moe.model.rotation import rotation_of
 from moe.model.routing import Routing
 
 
@@ -37,10 +39,13 @@ class Transformer(nn.Module):
         self.activation_checkpointing: Checkpointing = "none"
         """what the backward pass of training computes again; kept inside blocks only where it is not the whole block"""
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = (
+            nn.Embedding(config.max_seq, config.d_model) if config.positions == "learned" else None
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = norm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         initialise(self, config.init_std, config.n_layers, seed)
@@ -80,10 +85,10 @@ class Transformer(nn.Module):
         It begins with the residual stream ``x`` that the blocks before left (None: with the embedding), and returns its
         own.
         """
-        positions, visible = self._positions_and_visibility(tokens, mask, cache)
-        rotation = rotation_of(positions, self.config.attention.head_dim, self.config.attention.rope_theta)
-        batch = Batch(tokens, mask, positions, rotation, visible)
-        x = self.dropout(self.embedding(tokens)) if x is None else x
+        positions, visible, visible_in_window = self._positions_and_visibility(tokens, mask, cache)
+        rotation = rotation_of(positions, self.config) if self.config.positions == "rotary" else None
+        batch = Batch(tokens, mask, positions, rotation, visible, visible_in_window)
+        x = self.dropout(self._embed(tokens, positions)) if x is None else x
         routings: list[Routing] = []
         recompute: Checkpointing = self.activation_checkpointing if self.training and cache is None else "none"
         for block in self.blocks if blocks is None else blocks:
@@ -104,9 +109,14 @@ class Transformer(nn.Module):
         """Parameters that one token uses: of E routed experts, K (:func:`moe.config.parameters.count_parameters`)."""
         return self.config.num_active_params(convention)
 
+    def _embed(self, tokens: Int[Tensor, "B S"], positions: Int[Tensor, "#B S"]) -> Float[Tensor, "B S D"]:
+        embedded: Tensor = self.embedding(tokens)
+        return embedded if self.position_embedding is None else embedded + self.position_embedding(positions)
+
     def _positions_and_visibility(
         self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None, cache: Cache | None
-    ) -> tuple[Int[Tensor, "#B S"], Bool[Tensor, "#B 1 S L"] | None]:
+    ) -> tuple[Int[Tensor, "#B S"], Bool[Tensor, "#B 1 S L"] | None, Bool[Tensor, "#B 1 S L"] | None]:
+        """Where the new tokens stand, and the keys that they may see without a window and with it."""
         length = tokens.shape[1] + (cache.length if cache is not None else 0)
         if length > self.config.max_seq:
             raise ValueError(f"a sequence of {length} tokens is longer than model.max_seq = {self.config.max_seq}")
@@ -114,11 +124,15 @@ class Transformer(nn.Module):
         real = mask if cache is None else cache.extend(n_tokens, mask)
         if real is None:
             positions = torch.arange(length - n_tokens, length, device=tokens.device)[None]
-            if n_tokens == length:
-                return positions, None
-            return positions, visible_keys(torch.ones(1, length, dtype=torch.bool, device=tokens.device), n_tokens)
-        positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -n_tokens:]
-        return positions, visible_keys(real, n_tokens)
+            real = torch.ones(1, length, dtype=torch.bool, device=tokens.device)
+            visible = None if n_tokens == length else visible_keys(real, n_tokens)
+        else:
+            positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -n_tokens:]
+            visible = visible_keys(real, n_tokens)
+        window = self.config.attention.window
+        if window is None or window >= length:
+            return positions, visible, visible
+        return positions, visible, visible_keys(real, n_tokens, window)
 
 
 class Batch(NamedTuple):
@@ -128,10 +142,12 @@ class Batch(NamedTuple):
     mask: Bool[Tensor, "B S"] | None
     """False for padding"""
     positions: Int[Tensor, "#B S"]
-    rotation: tuple[Tensor, Tensor]
-    """of queries and keys at these positions"""
+    rotation: tuple[Tensor, Tensor] | None
+    """of queries and keys at these positions; None where positions are not rotary"""
     visible: Bool[Tensor, "#B 1 S L"] | None
     """the keys that a query may see; None: plainly causal"""
+    visible_in_window: Bool[Tensor, "#B 1 S L"] | None
+    """those of a layer that has a window (``attention.window``)"""
 
 
 class Block(nn.Module):
@@ -140,7 +156,10 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = norm(config)
-        self.attention = Attention(config, layer)
+        self.attention: Attention | LatentAttention = (
+            LatentAttention(config, layer) if config.attention.is_latent else Attention(config, layer)
+        )
+        self.has_window = config.attention.window_of(layer) is not None
         self.feed_forward_norm = norm(config)
         self.feed_forward: MoELayer | FeedForward = (
             MoELayer(config, layer)
@@ -184,14 +203,16 @@ class Block(nn.Module):
         return x + self.dropout(y), routing
 
     def _attend(self, x: Float[Tensor, "B S D"], batch: Batch, cache: Cache | None = None) -> Float[Tensor, "B S D"]:
-        attended: Tensor = self.attention(normalise(self.attention_norm, x), batch.rotation, batch.visible, cache)
+        visible = batch.visible_in_window if self.has_window else batch.visible
+        attended: Tensor = self.attention(normalise(self.attention_norm, x), batch.rotation, visible, cache)
         return attended
 
 
 def norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
     """The configured normalisation of the residual stream."""
-    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
-    return kind(config.d_model, eps=config.norm_eps)
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.norm_bias)
 
 
 def normalise(norm: nn.RMSNorm | nn.LayerNorm, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:

@@ -5,9 +5,9 @@ from torch import nn
 
 from moe.config import WeightDtype
 
-IN_FLOAT32 = (".router.", ".special.", "norm.weight", "norm.bias")
-"""What stays float32, as parts of names: what decides where a token goes, and gains, which bfloat16 would freeze: next
-to 1 its numbers are 1/128 apart, and a step of less than half of that changes nothing"""
+IN_FLOAT32 = (".router.", ".special.", ".sinks", "norm.weight", "norm.bias")
+"""What stays float32, as parts of names: what decides where a token goes, and gains and sinks, which bfloat16 would
+freeze: next to 1 its numbers are 1/128 apart, and a step of less than half of that changes nothing"""
 
 
 def keep_weights(model: nn.Module, weight_dtype: WeightDtype) -> None:

@@ -108,6 +108,7 @@ def _divide(model: nn.Module, mesh: Mesh) -> None:
     group = mesh.tensor_group
     assert group is not None
     for block in blocks_of(model):
+        assert isinstance(block.attention, Attention)  # the configuration refuses latent attention here
         tensor.divide_attention(block.attention, group)
         if isinstance(block.feed_forward, MoELayer):
             tensor.divide_mixture(block.feed_forward, group)

@@ -14,8 +14,9 @@ from moe.training.mixed_optimizer import MixedOptimizer
 
 MLP_IN, MLP_OUT = (".w_in", ".w_in.weight"), (".w_out", ".w_out.weight")
 DECAYED = ("embedding.weight", "head.weight", ".gate.weight", *MLP_IN, *MLP_OUT)
-DECAYED_ATTENTION = (".query.weight", ".key.weight", ".value.weight", ".output.weight")
-NEVER_DECAYED = ("norm.weight", ".bias", ".b_in", ".b_out", ".router.temperature", ".special.constant")
+LATENT_ATTENTION = (".query_down.weight", ".latent.weight", ".rotary_key.weight")
+DECAYED_ATTENTION = (".query.weight", ".key.weight", ".value.weight", ".output.weight", *LATENT_ATTENTION)
+NEVER_DECAYED = ("norm.weight", ".bias", ".b_in", ".b_out", ".sinks", ".router.temperature", ".special.constant")
 ROUTER = tuple(f".router.{name}" for name in ("weight", "inner_weight", "noise_weight", "residual_weight"))
 ROUTER += (".special.mixing",)  # decides, token by token, what a constant expert returns: a gate like the router
 

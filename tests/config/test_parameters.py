@@ -30,7 +30,7 @@ SHIPPED = sorted(
 )
 
 
-BUILT = False
+BUILT = True
 """whether moe/model builds what moe/config describes: latent attention, sinks, learned positions, biases of norms and
 head; until then those are counted but not held against a model"""
 

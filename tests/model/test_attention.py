@@ -1,16 +1,16 @@
-"""Attention against a softmax written out head by head, and rotary positions against complex numbers."""
-
-import itertools
+"""Attention against a softmax written out head by head."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from moe.config import AttentionConfig, ModelConfig
-from moe.model.attention import Attention, rotate, rotate_rows, rotation_of, visible_keys
+from moe.model.attention import Attention, visible_keys
 from moe.model.cache import KVCache
+from moe.model.rotation import rotation_of
 
 THETA = 100.0
+CONFIG = ModelConfig(d_model=10, attention=AttentionConfig(n_heads=4, head_dim=6, rope_theta=THETA))
 
 
 def attention(**settings: object) -> Attention:
@@ -74,7 +74,7 @@ def test_attention_equals_a_softmax_written_out(kv_heads: int, qk_norm: str, bia
     layer = attention(n_kv_heads=kv_heads, qk_norm=qk_norm, bias=bias)
     x = draw(2, 7, 10)
 
-    y = layer(x, rotation_of(torch.arange(7)[None], 6, THETA), None)
+    y = layer(x, rotation_of(torch.arange(7)[None], CONFIG), None)
 
     # The angles are float32, so the two agree to its precision.
     expected = torch.stack([attend_by_hand(layer, row, kv_heads, qk_norm) for row in x])
@@ -83,7 +83,7 @@ def test_attention_equals_a_softmax_written_out(kv_heads: int, qk_norm: str, bia
 
 def test_an_explicit_causal_mask_is_the_same_as_none() -> None:
     layer = attention(n_kv_heads=2)
-    x, rotation = draw(2, 7, 10), rotation_of(torch.arange(7)[None], 6, THETA)
+    x, rotation = draw(2, 7, 10), rotation_of(torch.arange(7)[None], CONFIG)
 
     torch.testing.assert_close(
         layer(x, rotation, visible_keys(torch.ones(2, 7, dtype=torch.bool), 7)), layer(x, rotation, None)
@@ -108,81 +108,6 @@ def test_query_and_key_norms_are_as_wide_as_what_they_divide(qk_norm: str, width
     assert (layer.query_norm.weight.numel(), layer.key_norm.weight.numel()) == widths
 
 
-def test_position_zero_is_the_identity() -> None:
-    x = draw(1, 2, 1, 6)
-
-    assert torch.equal(rotate(x, rotation_of(torch.zeros(1, 1, dtype=torch.int64), 6, THETA)), x)
-
-
-def test_a_quarter_turn_on_paper() -> None:
-    """With head_dim 2 the angle is the position: at π/2, (1, 0) becomes (0, 1)."""
-    cos, sin = rotation_of(torch.tensor([[3]]), 2, 1e4)
-    assert (cos.item(), sin.item()) == pytest.approx((-0.9899925, 0.1411200))
-
-    quarter = (torch.tensor([[0.0]]), torch.tensor([[1.0]]))
-    assert rotate(torch.tensor([[1.0, 0.0]]), quarter).tolist() == [[0.0, 1.0]]
-
-
-def test_frequencies_fall_from_one_to_almost_one_over_theta() -> None:
-    """Position 1 turns pair i by θ^(-2i/d): 1, 100^(-1/3), 100^(-2/3)."""
-    cos, sin = rotation_of(torch.tensor([[1]]), 6, THETA)
-
-    angles = torch.atan2(sin, cos).flatten().tolist()
-    assert angles == pytest.approx([1.0, 100 ** (-1 / 3), 100 ** (-2 / 3)], rel=1e-5)
-
-
-def test_scores_depend_on_the_distance_alone() -> None:
-    query, key = draw(1, 1, 1, 6, seed=2), draw(1, 1, 1, 6, seed=3)
-
-    def score(m: int, n: int) -> float:
-        at_m, at_n = (rotation_of(torch.tensor([[position]]), 6, THETA) for position in (m, n))
-        return float((rotate(query, at_m) * rotate(key, at_n)).sum())
-
-    for shift, (m, n) in itertools.product((1, 10, 500), ((3, 0), (0, 3), (7, 5))):
-        assert score(m + shift, n + shift) == pytest.approx(score(m, n), abs=2e-4)
-    assert score(3, 0) != pytest.approx(score(0, 3), abs=1e-2)
-
-
-def test_rotation_keeps_lengths() -> None:
-    x = draw(2, 3, 5, 6)
-
-    turned = rotate(x, rotation_of(torch.arange(5)[None], 6, THETA))
-
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
-
-
-def test_the_gradient_of_a_rotation_agrees_with_finite_differences() -> None:
-    """Its backward is written by hand; positions differ by row, as they do with padding."""
-    rotation = rotation_of(torch.tensor([[0, 1, 2], [0, 0, 7]]), 6, THETA)
-
-    assert torch.autograd.gradcheck(lambda x: rotate(x, rotation), draw(2, 2, 3, 6).requires_grad_())
-
-
-def test_a_rotation_in_bfloat16_is_rounded_once() -> None:
-    """Computed in float32 and returned in the dtype that came in."""
-    x = draw(2, 2, 5, 6).bfloat16()
-    rotation = rotation_of(torch.arange(5)[None], 6, THETA)
-
-    assert torch.equal(rotate(x, rotation), rotate(x.float(), rotation).bfloat16())
-
-
-def test_rotating_rows_is_rotating_and_leaves_the_heads_of_a_token_together() -> None:
-    """The layout on a GPU: neither the result nor its gradient is to be copied for the projections."""
-    rows, rotation = draw(2, 5, 3 * 6), rotation_of(torch.arange(5)[None], 6, THETA)
-    grads = draw(2, 5, 3 * 6, seed=4).unflatten(2, (3, 6)).transpose(1, 2)
-
-    results = []
-    for turn in (rotate, rotate_rows):
-        leaf = rows.clone().requires_grad_()
-        turned = turn(leaf.unflatten(2, (3, 6)).transpose(1, 2), rotation)
-        (grad,) = torch.autograd.grad(turned, leaf, grads)
-        results.append((turned.detach(), grad))
-
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
-    assert results[1][0].transpose(1, 2).is_contiguous()
-    assert not results[0][0].transpose(1, 2).is_contiguous()
-
-
 def test_visible_keys_on_paper() -> None:
     """Row 0 is padded on the left, row 1 on the right. Padding sees at least itself, so that no row is empty."""
     real = torch.tensor([[False, True, True], [True, True, False]])
@@ -198,13 +123,13 @@ def test_the_cache_continues_where_it_stopped() -> None:
     layer = attention(n_kv_heads=2)
     config = ModelConfig(n_layers=1, attention=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=6))
     x = draw(2, 7, 10)
-    whole = layer(x, rotation_of(torch.arange(7)[None], 6, THETA), None)
+    whole = layer(x, rotation_of(torch.arange(7)[None], CONFIG), None)
 
     cache, parts = KVCache(config, 2, 7, torch.device("cpu"), torch.float64), []
     for start, end in ((0, 4), (4, 5), (5, 7)):
         cache.extend(end - start)
         real = torch.ones(2, end, dtype=torch.bool)
-        rotation = rotation_of(torch.arange(start, end)[None], 6, THETA)
+        rotation = rotation_of(torch.arange(start, end)[None], CONFIG)
         parts.append(layer(x[:, start:end], rotation, visible_keys(real, end - start), cache))
 
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)

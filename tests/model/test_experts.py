@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from moe.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, ModelConfig
-from moe.model.attention import rotation_of
 from moe.model.experts import Experts, ExpertWeights, grouped_experts, reference_experts, segment_experts
 from moe.model.experts.grouped import sort_by_expert
 from moe.model.experts.segments import ROWS, lay_out
 from moe.model.feed_forward import input_width
+from moe.model.rotation import rotation_of
 from moe.model.routing import Routing
 from moe.model.transformer import Batch, Block
 
@@ -514,7 +514,7 @@ def test_a_compiled_block_equals_the_eager_one_and_is_not_compiled_again(
             nn.init.normal_(parameter, std=0.2, generator=generator)
     block = block.to(dtype)
     positions = torch.arange(16)[None]
-    rotation = rotation_of(positions, 8, 10_000.0)
+    rotation = rotation_of(positions, config)
     compiled = torch.compile(block, backend="aot_eager")
 
     graphs, loads = [], []
@@ -523,7 +523,7 @@ def test_a_compiled_block_equals_the_eager_one_and_is_not_compiled_again(
         if trial == 3:  # equal tokens have equal experts: the others are left empty
             x = x[:1, :1].repeat(2, 16, 1)
         x = x.to(dtype).requires_grad_()
-        batch = Batch(torch.zeros(x.shape[:2], dtype=torch.int64), None, positions, rotation, None)
+        batch = Batch(torch.zeros(x.shape[:2], dtype=torch.int64), None, positions, rotation, None, None)
         y, routing = compiled(x, batch)
         (grad,) = torch.autograd.grad(y.float().square().sum(), x)
         expected, _ = block(x, batch)

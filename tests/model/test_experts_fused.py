@@ -28,7 +28,7 @@ from moe.model.routing import Routing
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """of the norm; rounding a number to bfloat16 changes it by 1.6e-3 of it (root mean square), and that several times"""
-ACTIVATIONS = ["swiglu", "swiglu_clamped", "gelu", "relu"]
+ACTIVATIONS = ["swiglu", "swiglu_clamped", "gelu", "gelu_tanh", "relu"]
 
 
 class Case(NamedTuple):

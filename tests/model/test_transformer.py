@@ -465,7 +465,7 @@ def test_a_block_adds_each_branch_to_the_stream_it_norms() -> None:
     expected = middle + block.feed_forward(unit(middle))
 
     torch.testing.assert_close(
-        block(x, Batch(torch.zeros(1, 4), None, torch.arange(4)[None], still, None))[0], expected
+        block(x, Batch(torch.zeros(1, 4), None, torch.arange(4)[None], still, None, None))[0], expected
     )
 
 

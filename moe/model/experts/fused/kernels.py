@@ -343,6 +343,12 @@ def _sigmoid(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _twice_the_tanh_of_gelu(x):
+    """2 u for u = √(2/π) (x + 0.044715 x³), in terms of which (1 + tanh u) / 2 is a sigmoid."""
+    return 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+
+
+@triton.jit
 def _activate(gate, value, KIND: tl.constexpr, FAST: tl.constexpr):
     """moe.model.feed_forward.activate, in float32."""
     if KIND == "swiglu":
@@ -352,6 +358,8 @@ def _activate(gate, value, KIND: tl.constexpr, FAST: tl.constexpr):
         return gate * _sigmoid(1.702 * gate, FAST) * (tl.clamp(value, -7.0, 7.0, NAN) + 1.0)
     if KIND == "gelu":
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    if KIND == "gelu_tanh":
+        return gate * _sigmoid(_twice_the_tanh_of_gelu(gate), FAST)
     return tl.maximum(gate, 0.0, NAN)
 
 
@@ -376,4 +384,8 @@ def _activate_with_gradient(gate, value, grad, KIND: tl.constexpr, FAST: tl.cons
         below = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
         density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
         return gate * below, grad * (below + gate * density), gate
+    if KIND == "gelu_tanh":
+        sigmoid = _sigmoid(_twice_the_tanh_of_gelu(gate), FAST)
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
+        return gate * sigmoid, grad * sigmoid * (1.0 + gate * slope * (1.0 - sigmoid)), gate
     return tl.maximum(gate, 0.0, NAN), tl.where(gate > 0.0, grad, 0.0), gate
