@@ -177,7 +177,7 @@ def _losses(model: Transformer, batch: Batch) -> Float[Tensor, "B S"]:
 
 
 def _losses_of(model: Transformer, hidden: Float[Tensor, "B S D"], batch: Batch) -> Float[Tensor, "B S"]:
-    return token_losses(hidden, model.head.weight, batch.targets.to(hidden.device))
+    return token_losses(hidden, model.head.weight, batch.targets.to(hidden.device), model.head.bias)
 
 
 @contextmanager

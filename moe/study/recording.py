@@ -69,7 +69,9 @@ def record_validation(
             for batch in held_out_windows(corpus, sequence_length, tokens):
                 with autocast(device, precision):
                     hidden, routings = model.hidden(batch.tokens.to(device))
-                    losses, predicted = losses_and_predictions(hidden, model.head.weight, batch.targets.to(device))
+                    losses, predicted = losses_and_predictions(
+                        hidden, model.head.weight, batch.targets.to(device), model.head.bias
+                    )
                 part = Record(
                     **_columns_of(batch, losses, predicted, first_sequence),
                     domains=corpus.domains,
@@ -167,9 +169,12 @@ def layer_of(block: int, routing: Routing, row: npt.NDArray[np.bool_], *, scores
 
 
 def losses_and_predictions(
-    hidden: Float[Tensor, "B S D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "B S"]
+    hidden: Float[Tensor, "B S D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, "B S"],
+    bias: Float[Tensor, " V"] | None = None,
 ) -> tuple[Float[Tensor, "B S"], Int[Tensor, "B S"]]:
-    """Cross-entropy of each target in nats, and the likeliest token, under the logits ``hidden`` Wᵀ.
+    """Cross-entropy of each target in nats, and the likeliest token, under the logits ``hidden`` Wᵀ + ``bias``.
 
     Never more than a block of logits is held. Losses are those of :func:`~moe.training.head_loss.token_losses`.
     """
@@ -178,7 +183,7 @@ def losses_and_predictions(
     at_once = max(1, BLOCK_BYTES.get(rows.device.type, 64 << 20) // (4 * len(weight)))
     losses, predictions = [], []
     for some, their_targets in zip(torch.split(rows, at_once), torch.split(wanted, at_once), strict=True):
-        logits = some @ matrix
+        logits = some @ matrix if bias is None else torch.addmm(bias.to(dtype), some, matrix)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses.append(-logits.log_softmax(dim=-1).gather(1, their_targets[:, None]).squeeze(1))
         # On a CPU three times as fast as argmax.

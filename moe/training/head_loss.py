@@ -28,15 +28,16 @@ def head_loss(
     weight: Float[Tensor, "V D"],
     targets: Int[Tensor, "B S"],
     scored: Bool[Tensor, "B S"] | None = None,
+    bias: Float[Tensor, " V"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy, in nats, of the targets (the ``scored`` ones) under the logits ``hidden`` Wᵀ.
+    """Mean cross-entropy, in nats, of the targets (the ``scored`` ones) under the logits ``hidden`` Wᵀ + ``bias``.
 
     The products run in the autocast dtype, softmax and sums in at least float32.
     """
     counted = torch.ones_like(targets, dtype=torch.bool) if scored is None else scored
     share = counted.to(torch.promote_types(hidden.dtype, torch.float32)) / counted.sum().clamp(min=1)
     loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, 1), weight, targets.flatten(), share.flatten(), compute_dtype(hidden)
+        hidden.flatten(0, 1), weight, bias, targets.flatten(), share.flatten(), compute_dtype(hidden)
     )
     return loss
 
@@ -45,7 +46,7 @@ def model_loss(model: Transformer, hidden: Float[Tensor, "B s D"], targets: Int[
     """:func:`head_loss` under the model's own head, of which this process may have a part, as of the sequence."""
     spread = spread_of(model)
     if spread is None or spread.tensor_group is None:
-        return head_loss(hidden, model.head.weight, targets)
+        return head_loss(hidden, model.head.weight, targets, bias=model.head.bias)
     return divided_head_loss(hidden, model.head.weight, targets, spread.tensor_group)
 
 
@@ -55,17 +56,23 @@ def model_token_losses(
     """:func:`token_losses` likewise."""
     spread = spread_of(model)
     if spread is None or spread.tensor_group is None:
-        return token_losses(hidden, model.head.weight, targets)
+        return token_losses(hidden, model.head.weight, targets, model.head.bias)
     return divided_token_losses(hidden, model.head.weight, targets, spread.tensor_group)
 
 
 def token_losses(
-    hidden: Float[Tensor, "B S D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "B S"]
+    hidden: Float[Tensor, "B S D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, "B S"],
+    bias: Float[Tensor, " V"] | None = None,
 ) -> Float[Tensor, "B S"]:
     """Cross-entropy of each target in nats, without a gradient."""
     dtype = compute_dtype(hidden)
     rows, matrix, wanted = hidden.detach().flatten(0, 1).to(dtype), weight.detach().to(dtype), targets.flatten()
-    losses = [_losses(rows[start:end] @ matrix.t(), wanted[start:end]) for start, end in _blocks(rows, weight)]
+    offset = None if bias is None else bias.detach().to(dtype)
+    losses = [
+        _losses(_logits(rows[start:end], matrix, offset), wanted[start:end]) for start, end in _blocks(rows, weight)
+    ]
     return torch.cat(losses).view_as(targets)
 
 
@@ -73,31 +80,54 @@ class _HeadLoss(torch.autograd.Function):
     """Σ_t share_t · loss_t; its gradients are ready when it is."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, share: Tensor, dtype: torch.dtype) -> Tensor:
-        rows, matrix = hidden.to(dtype), weight.to(dtype)
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        share: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        rows, matrix, offset = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         sum_dtype = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
         grad_rows = torch.empty_like(rows)
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=sum_dtype)
         share = share.to(sum_dtype)
         for start, end in _blocks(rows, weight):
-            losses, gradient = _losses_and_gradient(rows[start:end] @ matrix.t(), targets[start:end], share[start:end])
+            logits = _logits(rows[start:end], matrix, offset)
+            losses, gradient = _losses_and_gradient(logits, targets[start:end], share[start:end])
             total += (losses * share[start:end]).sum()  # as a product of matrices, autocast would round it to bfloat16
             torch.mm(gradient, matrix, out=grad_rows[start:end])
             grad_weight = _add_product(grad_weight, gradient.t(), rows[start:end])
-        ctx.save_for_backward(grad_rows.to(hidden.dtype), grad_weight.to(weight.dtype))
+            if grad_bias is not None:
+                grad_bias += gradient.sum(dim=0, dtype=sum_dtype)
+        ctx.save_for_backward(
+            grad_rows.to(hidden.dtype),
+            grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        grad_rows, grad_weight = ctx.saved_tensors
+        grad_rows, grad_weight, grad_bias = ctx.saved_tensors
         return (
             grad_rows * grad_total.to(grad_rows.dtype),
             grad_weight * grad_total.to(grad_weight.dtype),
+            None if grad_bias is None else grad_bias * grad_total.to(grad_bias.dtype),
             None,
             None,
             None,
         )
+
+
+def _logits(
+    rows: Float[Tensor, "T D"], matrix: Float[Tensor, "V D"], bias: Float[Tensor, " V"] | None
+) -> Float[Tensor, "T V"]:
+    return rows @ matrix.t() if bias is None else torch.addmm(bias, rows, matrix.t())
 
 
 def _losses_and_gradient(

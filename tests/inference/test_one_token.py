@@ -15,7 +15,9 @@ from moe.config import (
     CapacityConfig,
     ExpertsConfig,
     FeedForwardConfig,
+    LatentConfig,
     ModelConfig,
+    RopeConfig,
     RouterConfig,
     SharedExpertsConfig,
     SpecialExpertsConfig,
@@ -184,6 +186,9 @@ def test_a_norm_on_paper() -> None:
 # ------------------------------------------------------------------------------------------------- where it is not used
 
 
+SOFTENED = RopeConfig(scaling="yarn", factor=4, mscale_all_dim=1.0)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -191,9 +196,35 @@ def test_a_norm_on_paper() -> None:
         replace(PLAIN, attention=replace(PLAIN.attention, qk_norm="head")),
         replace(PLAIN, attention=replace(PLAIN.attention, qk_norm="full")),
         replace(PLAIN, attention=replace(PLAIN.attention, bias=True)),
+        replace(PLAIN, attention=replace(PLAIN.attention, output_bias=True)),
+        replace(PLAIN, attention=replace(PLAIN.attention, clip=8.0)),
+        replace(PLAIN, attention=replace(PLAIN.attention, sinks=True)),
+        replace(PLAIN, attention=replace(PLAIN.attention, window=4)),
+        replace(PLAIN, attention=AttentionConfig(latent=LatentConfig(rank=8))),
+        replace(PLAIN, attention=replace(PLAIN.attention, head_dim=8, rope=RopeConfig(fraction=0.5))),
+        replace(PLAIN, attention=replace(PLAIN.attention, rope=SOFTENED)),
+        replace(PLAIN, positions="learned"),
+        replace(PLAIN, positions="none"),
+        replace(PLAIN, head_bias=True),
         replace(PLAIN, router=RouterConfig(residual=True)),
     ],
-    ids=["layer norm", "norm of heads", "norm of queries", "biases", "residual router"],
+    ids=[
+        "layer norm",
+        "norm of heads",
+        "norm of queries",
+        "biases",
+        "bias of the output",
+        "clip",
+        "sinks",
+        "window",
+        "latent",
+        "half of each head turns",
+        "scale of the softmax",
+        "learned positions",
+        "no positions",
+        "bias of the head",
+        "residual router",
+    ],
 )
 def test_it_is_not_for_every_model(config: ModelConfig) -> None:
     assert not can_read(Transformer(config), 1)

@@ -13,7 +13,9 @@ from moe.config import (
     ConfigError,
     ExpertsConfig,
     FeedForwardConfig,
+    LatentConfig,
     ModelConfig,
+    RopeConfig,
     RouterConfig,
     SharedExpertsConfig,
 )
@@ -60,8 +62,34 @@ VARIANTS = {
     "loop": replace(PLAIN, experts=ExpertsConfig(n_experts=4, d_ff=24, backend="reference")),
     "grouped": replace(PLAIN, experts=ExpertsConfig(n_experts=4, d_ff=24, backend="grouped")),
 }
+VARIANTS |= {
+    "sinks_in_a_window": replace(
+        PLAIN, attention=replace(PLAIN.attention, sinks=True, window=4, full_every=2, output_bias=True)
+    ),
+    "latent": replace(
+        PLAIN,
+        attention=AttentionConfig(
+            n_heads=4, head_dim=6, latent=LatentConfig(rank=8, query_rank=10, rotary_dim=4, value_dim=5)
+        ),
+    ),
+    "learned": replace(
+        PLAIN,
+        positions="learned",
+        norm="layernorm",
+        norm_bias=False,
+        feed_forward=FeedForwardConfig(activation="gelu_tanh"),
+        attention=replace(PLAIN.attention, clip=0.5),
+    ),
+    "no_positions": replace(PLAIN, positions="none"),
+    "clamped": replace(
+        PLAIN,
+        feed_forward=FeedForwardConfig(activation="swiglu_clamped", bias=True),
+        attention=replace(PLAIN.attention, head_dim=8, rope=RopeConfig(fraction=0.5, scaling="yarn", factor=4)),
+    ),
+}
 all_variants = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-main_variants = pytest.mark.parametrize("config", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+MAIN = {"plain": PLAIN, "everything": EVERYTHING} | {name: VARIANTS[name] for name in ("sinks_in_a_window", "latent")}
+main_variants = pytest.mark.parametrize("config", MAIN.values(), ids=MAIN)
 
 
 def text(batch: int, length: int, seed: int = 0) -> Tensor:

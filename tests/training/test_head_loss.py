@@ -63,6 +63,23 @@ def test_value_and_gradients_are_those_of_the_logits(
     )
 
 
+@in_blocks
+def test_a_bias_on_the_logits_counts_and_gets_its_gradient(block_of: Callable[[int], None], rows: int) -> None:
+    hidden, weight, targets, scored = example()
+    bias = torch.linspace(-2, 2, VOCABULARY, dtype=torch.float64).requires_grad_()
+    block_of(rows)
+
+    loss = head_loss(hidden, weight, targets, scored, bias)
+    losses = F.cross_entropy(F.linear(hidden, weight, bias).flatten(0, 1), targets.flatten(), reduction="none")
+    expected = losses[scored.flatten()].mean()
+
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, (hidden, weight, bias)), torch.autograd.grad(expected, (hidden, weight, bias))
+    )
+    torch.testing.assert_close(token_losses(hidden, weight, targets, bias).flatten(), losses)
+
+
 @some_scored
 def test_the_gradients_are_those_of_finite_differences(block_of: Callable[[int], None], masked: bool) -> None:
     hidden, weight, targets, scored = example()
