@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
