@@ -646,8 +646,9 @@ def test_a_quantile_evens_out_a_skewed_load(begin: Begin) -> None:
             name, router | {"model.router.bias": True, "training.steps": 40, "training.optimizer.lr": 1e-6}
         )
         with torch.no_grad():
-            for own in training.step_on.routers:
-                own.bias[0] += 3.0
+            for routers in training.step_on.routers:
+                for own in routers:
+                    own.bias[0] += 3.0
         loads = []
         for _ in range(40):
             loads += [summary.max_over_fair for summary in training.take_step().load]
