@@ -9,7 +9,7 @@ hand, so positions and masks need not travel, and each adds the auxiliary losses
 (:func:`with_loss`). Of tied embeddings the first and the last stage have a copy each, whose gradients are added up.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -93,7 +93,7 @@ def with_enough_micro_batches(config: Config, processes: int) -> Config:
     ranks = parallel.pipeline
     if ranks == 1:
         return config
-    data = parallel.over(processes).data or 1
+    data = parallel.data or max(1, processes // (ranks * parallel.tensor))
     for n in range(max(settings.accumulation, ranks), settings.batch_size // data + 1):
         if settings.batch_size % (n * data) == 0 and (parallel.stages == 1 or n % ranks == 0):
             return replace(config, training=replace(settings, accumulation=n))
@@ -212,6 +212,21 @@ class Pipeline:
             whole[self.mixtures] = here
         return self.sum(whole)
 
+    def to_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What all ranks of the pipeline have, by name, on the first of them; elsewhere what this one has. All ask."""
+        told: list[Any] = [None] * self.size
+        mine = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
+        dist.all_gather_object(told, mine, group=self.group)
+        found = {name: tensor.detach() for name, tensor in tensors.items()}
+        for rank, names in enumerate(told):
+            for name, shape, dtype in names if rank else ():
+                if self.rank == rank:
+                    dist.send(found[name].contiguous(), group=self.group, group_dst=0)
+                elif self.rank == 0:
+                    found[name] = torch.empty(shape, dtype=dtype, device=self.device)
+                    dist.recv(found[name], group=self.group, group_src=rank)
+        return found
+
     def add_tied_gradients(self, embedding: nn.Parameter | None) -> None:
         """Give both copies of a tied embedding the sum of their gradients; nothing where there is one, or none here."""
         if not self._tied or embedding is None:
@@ -228,10 +243,6 @@ class Pipeline:
         for work in works:
             work.wait()
         embedding.grad += arrived
-
-    def is_copy(self, name: str) -> bool:
-        """Whether a parameter is the last stage's copy of what the first has: it counts once."""
-        return self._tied and name == "embedding.weight" and self.rank != 0
 
     def norm(self, here: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """The norm of the whole gradient, from that of what is here."""

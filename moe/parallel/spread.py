@@ -90,7 +90,9 @@ class Spread:
     @property
     def is_cut(self) -> bool:
         """Whether any parameter is not whole on every rank."""
-        return bool(self.splits) or any(isinstance(parameter, DTensor) for parameter in self._own.values())
+        return bool(self.splits or self.mesh.pipeline_group) or any(
+            isinstance(parameter, DTensor) for parameter in self._own.values()
+        )
 
     def begin_backward(self, *, last: bool) -> None:
         """Say before the backward pass of a micro-batch whether it is the step's last: replicas wait for it."""
@@ -184,6 +186,8 @@ class Spread:
     def keeps(self, name: str) -> bool:
         """Whether, of all who have what is here of a parameter, this process is the first."""
         mesh, splits, parameter = self.mesh, self.splits.get(name, ()), self._own[name]
+        if self.is_copy(name):
+            return False
         if mesh.tensor_rank != 0 and not any(split.over == "tensor" for split in splits):
             return False
         if isinstance(parameter, DTensor):
@@ -195,6 +199,10 @@ class Spread:
             assert mesh.sparse is not None
             return mesh.sparse.get_local_rank("expert_data") == 0
         return mesh.data_rank == 0
+
+    def is_copy(self, name: str) -> bool:
+        """Whether the first stage of a pipeline has this parameter too: the last one's tied embedding."""
+        return self.mesh.pipeline_rank != 0 and name == "embedding.weight"
 
     @property
     def is_first(self) -> bool:

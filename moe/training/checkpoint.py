@@ -405,7 +405,7 @@ class Checkpoint:
         """
         stored, spread = self._stored(MODEL), spread_of(model)
         path, tensors = stored.paths[0], _named_tensors(model)
-        _require_same_names(path, stored.names(), tensors, "model")
+        _require_same_names(path, _of_this_stage(stored.names(), tensors, spread), tensors, "model")
         for name, tensor in tensors.items():
             if tensor.is_meta:
                 raise ValueError(f"{name} is on the meta device; give the model memory first (to_empty)")
@@ -443,7 +443,7 @@ class Checkpoint:
         by_name = {
             _name_of(parameter, names): parameter for group in optimizer.param_groups for parameter in group["params"]
         }
-        _require_same_names(path, saved, by_name, "optimizer")
+        _require_same_names(path, _of_this_stage(saved, by_name, spread), by_name, "optimizer")
         for group in optimizer.param_groups:
             _require_same_hyperparameters(path, group, [names[id(parameter)] for parameter in group["params"]], saved)
         state = _state_by_name(path, stored, by_name, [group["parameters"] for group in groups], spread)
@@ -543,6 +543,16 @@ def _require_intact(path: Path, size: int, digest: str) -> None:
         raise DamagedCheckpointError(f"{path}: unreadable ({error.strerror})") from error
 
 
+def _is_stage(spread: Spread | None) -> bool:
+    """Whether some of the model is on other ranks of a pipeline."""
+    return spread is not None and spread.mesh.pipeline_group is not None
+
+
+def _of_this_stage(stored: Iterable[str], here: Iterable[str], spread: Spread | None) -> Iterable[str]:
+    """Of the stored names those that this process has to do with: all, unless it is a pipeline's stage."""
+    return set(stored) & set(here) if _is_stage(spread) else stored
+
+
 def _require_same_names(path: Path, stored: Iterable[str], wanted: Iterable[str], owner: str) -> None:
     remedy = "use the configuration that it was saved with"
     missing = sorted(set(wanted) - set(stored))
@@ -606,6 +616,8 @@ def _state_by_name(
     for key in stored.names():
         kind, _, name = key.partition("/")
         if name not in parameters:
+            if _is_stage(spread):
+                continue
             raise UserError(f"{path}: has {key}, but the optimizer has no parameter {name}")
         like = stored.like(key)
         if like.dim() > 0:

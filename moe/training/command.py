@@ -15,6 +15,7 @@ from moe.config import Config, ConfigError, ModelConfig, RouterConfig
 from moe.data.prepare import PreparedCorpus, prepare, resolve_paths
 from moe.errors import UserError
 from moe.model.experts import Experts
+from moe.parallel.pipeline import with_enough_micro_batches
 from moe.parallel.world import World, is_first_process, join_world, launches, leave_world, local_rank, restarts
 from moe.training import checkpoint
 from moe.training.console import Console
@@ -104,12 +105,16 @@ def main(arguments: Sequence[str], default_config: Path, recorder: Recorder | No
 def _start(config: Config, path: Path, recorder: Recorder | None) -> int:
     """Prepare the corpus, make the run folder and train from the first step."""
     device, world = _join(config)
+    given = config.training.accumulation
+    config = with_enough_micro_batches(config, world.size)
     layout_of(config, world)
     _all_or_none(world, lambda: RunFolder.require_free(config))
     start = None if config.run.start_from is None else Path(config.run.start_from).expanduser()
     if start is not None:
         RunFolder.of_weights(start)
     with _console(config, world) as console:
+        if (needed := config.training.accumulation) > given:
+            console.say(f"training.accumulation: {needed} micro-batches, which the pipeline needs, in place of {given}")
         corpus = _in_turn(world, lambda: prepare(config.data, path.parent, console.say))
         weights = None if start is None else _weights(start, corpus, console)
         config = config.with_vocab(corpus.tokenizer.size)

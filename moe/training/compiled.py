@@ -24,7 +24,7 @@ def compile_blocks(model: Transformer, say: Callable[[str], None]) -> None:
     torch compiles a function for at most ``torch._dynamo.config.recompile_limit`` (8) kinds of input; what is beyond
     runs as it is written, and ``say`` gets a line with the reason. Raises UserError where code cannot be generated.
     """
-    _require_compiler(model.embedding.weight.device)
+    _require_compiler(next(model.parameters()).device)
     # A block's number, by which a hash tells layers apart, shall be an input and not a constant of the compiled code.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     logger = logging.getLogger(LOGGER)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.config import Precision
@@ -13,6 +13,7 @@ from moe.data.batches import validation_batches
 from moe.data.prepare import PreparedCorpus
 from moe.model.routing import LoadSummary, Routing, summarise_layers
 from moe.model.transformer import Transformer
+from moe.parallel.pipeline import Pipeline
 from moe.training.head_loss import model_token_losses
 from moe.training.machine import autocast
 
@@ -77,13 +78,15 @@ def validate(
     stride: int,
     precision: Precision,
     should_stop: Callable[[], bool] = lambda: False,
+    pipeline: Pipeline | None = None,
 ) -> Validation | None:
     """Score all held-out text; None if ``should_stop`` said so on the way. Leaves the model's mode as it was.
 
     Every text token is scored once, from at least ``sequence_length - stride`` tokens of context. Nothing here draws a
-    random number, so training goes on as if there had been no validation.
+    random number, so training goes on as if there had been no validation. ``pipeline`` has the blocks that are not
+    here; all its ranks validate together, and know the same in the end.
     """
-    device = model.embedding.weight.device
+    device = next(model.parameters()).device
     scores: dict[str, Score] = {}
     counts = dropped = computed = without = None
     routed = 0
@@ -105,9 +108,10 @@ def validate(
                 assert batch.scored is not None
                 # Blocks that are compiled for the batches of training would be compiled again for these.
                 with autocast(device, precision), torch.compiler.set_stance("force_eager"):
-                    hidden, routings = model.hidden(batch.tokens.to(device))
-                    losses = model_token_losses(model, hidden, batch.targets.to(device))
-                nats += losses.double().masked_fill(~batch.scored.to(device), 0.0).sum()
+                    hidden, routings = _hidden(model, batch.tokens.to(device), pipeline)
+                    if hidden is not None:
+                        losses = model_token_losses(model, hidden, batch.targets.to(device))
+                        nats += losses.double().masked_fill(~batch.scored.to(device), 0.0).sum()
                 tokens += int(batch.scored.sum())
                 if routings:
                     batch_counts = torch.stack([routing.counts() for routing in routings])
@@ -118,10 +122,17 @@ def validate(
                     computed = batch_computed if computed is None else computed + batch_computed
                     batch_without = torch.stack([tokens_without_mlp(routing) for routing in routings])
                     without = batch_without if without is None else without + batch_without
-                    routed += batch.tokens.numel()
+                routed += batch.tokens.numel()
+            nats = nats if pipeline is None else pipeline.sum(nats)
             scores[domain] = Score(float(nats), tokens, held_out.n_bytes)
     finally:
         model.train(was_training)
+    if pipeline is not None and model.config.moe_layers:
+        nothing = torch.zeros(0, model.config.routed_experts, dtype=torch.int64, device=device)
+        counts = pipeline.of_all_mixtures(nothing if counts is None else counts)
+        dropped, computed, without = (
+            pipeline.of_all_mixtures(nothing[:, 0] if seen is None else seen) for seen in (dropped, computed, without)
+        )
     return Validation(
         scores,
         None if counts is None else counts.cpu(),
@@ -129,6 +140,13 @@ def validate(
         [] if computed is None else (computed.double() / routed).tolist(),
         [] if without is None else (without.double() / routed).tolist(),
     )
+
+
+def _hidden(
+    model: Transformer, tokens: Int[Tensor, "B S"], pipeline: Pipeline | None
+) -> tuple[Float[Tensor, "B S D"] | None, list[Routing]]:
+    """The hidden states, or None where they end up on another rank; and the routings of the layers that are here."""
+    return model.hidden(tokens) if pipeline is None else pipeline.forward(model, tokens)
 
 
 def mlps_computed(routing: Routing) -> Int[Tensor, ""]:

@@ -21,6 +21,7 @@ from moe.model.transformer import Transformer
 from moe.model.weight_dtype import keep_weights
 from moe.parallel.mesh import Mesh, build_mesh
 from moe.parallel.parallelize import parallelize
+from moe.parallel.pipeline import Pipeline, cut
 from moe.parallel.spread import spread_of
 from moe.parallel.world import World
 from moe.training import checkpoint
@@ -115,6 +116,11 @@ class Training:
 
             remember_in(run_folder.tiles_path, write=world.is_first)
         self.model = build_model(config, mesh, device)
+        self.pipeline: Pipeline | None = None
+        """those who have the other blocks"""
+        if mesh is not None and mesh.pipeline_group is not None:
+            stream = torch.bfloat16 if settings.weight_dtype == "bf16" else torch.float32
+            self.pipeline = Pipeline(self.model, config, mesh, device, stream)
         self.spread = spread_of(self.model)
         if weights is not None:
             weights.load_model(self.model)
@@ -122,7 +128,12 @@ class Training:
         parameters = None if self.spread is None else self.spread.parameters
         self.optimizer = build_optimizer(self.model, settings.optimizer, parameters)
         self.step_on = TrainingStep(
-            self.model, self.optimizer, precision=self.precision, clip=settings.optimizer.clip, world=self.sharing
+            self.model,
+            self.optimizer,
+            precision=self.precision,
+            clip=settings.optimizer.clip,
+            world=self.sharing,
+            pipeline=self.pipeline,
         )
         if settings.compile:
             compile_blocks(self.model, console.say)
@@ -272,15 +283,13 @@ class Training:
             keep_weights(whole, self.config.training.weight_dtype)
             whole.to(self.device)
         with torch.no_grad():
-            places = {} if whole is None else dict(whole.named_parameters())
-            for name in self.spread.parameters:
-                parameter = self.spread.whole(name)
-                if name in places:
-                    places[name].copy_(parameter)
-            buffers = {} if whole is None else dict(whole.named_buffers())
-            for name, buffer in self.model.named_buffers():
-                if name in buffers:
-                    buffers[name].copy_(buffer)
+            found = {name: self.spread.whole(name) for name in self.spread.parameters}
+            found |= dict(self.model.named_buffers())
+            if self.pipeline is not None:
+                found = self.pipeline.to_first(found)
+            if whole is not None:
+                for name, place in [*whole.named_parameters(), *whole.named_buffers()]:
+                    place.copy_(found[name])
         return None if whole is None else whole.train(self.model.training)
 
     def _adapt_sparsity(self, step: Step) -> dict[str, float]:
@@ -326,6 +335,7 @@ class Training:
             self.config.data.stride,
             self.precision,
             should_stop=lambda: alone and signal.received is not None,
+            pipeline=self.pipeline,
         )
         if self.spread is not None:
             self.spread.reshard()
@@ -410,6 +420,8 @@ def build_model(config: Config, mesh: Mesh | None, device: torch.device) -> Tran
         model = Transformer(model_config)
     keep_weights(model, settings.weight_dtype)
     draw = initial_values(model, model_config.init_std, model_config.n_layers, settings.seed)
+    if mesh.pipeline_group is not None:
+        cut(model, config, mesh.pipeline_rank)
     spread = spread_of(parallelize(model, config, mesh, device))
     assert spread is not None
     spread.fill(draw, device)
@@ -430,8 +442,11 @@ def layout_of(config: Config, world: World) -> ParallelConfig:
         layout = config.parallel.over(world.size)
     except ConfigError as error:
         raise ConfigError(f"parallel.{error.key}", error.reason) from None
-    if layout.pipeline > 1:
-        raise UserError("parallel.pipeline: training through a pipeline is not part of this command")
+    if layout.pipeline > config.training.accumulation:
+        raise UserError(
+            f"training.accumulation: is {config.training.accumulation}, and a pipeline of {layout.pipeline} ranks "
+            "needs as many micro-batches"
+        )
     assert layout.data is not None
     require_divisible(config.training, layout.data)
     if config.training.optimizer.name == "muon" and (layout.tensor > 1 or layout.shard != "replicate"):

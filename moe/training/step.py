@@ -92,8 +92,10 @@ class TrainingStep:
         self.spread = spread_of(model)
         self.pipeline = pipeline
         stages = [model.blocks] if pipeline is None else [*pipeline.blocks.values()]
-        self.routers = [_routers_among(blocks) for blocks in stages]
-        """of the mixture layers of each stage that is here"""
+        self._routers = [_routers_among(blocks) for blocks in stages]
+        """of each stage that is here"""
+        self.routers = [router for routers in self._routers for router in routers]
+        """of the mixture layers that are here"""
         self.device = next(model.parameters()).device
 
     def __call__(
@@ -123,7 +125,7 @@ class TrainingStep:
         finite = norm.isfinite() & total.isfinite()
         self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
         self.optimizer.step()
-        for routers, seen in zip(self.routers, counts, strict=True):
+        for routers, seen in zip(self._routers, counts, strict=True):
             update_selection_biases(routers, seen, finite)
         self.optimizer.zero_grad(set_to_none=True)
         if self.spread is not None:
@@ -150,7 +152,7 @@ class TrainingStep:
         parts: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches, 1):
-            objective, _ = self._objective(batch, counts[0], self.routers[0], sparsity_coefficient)
+            objective, _ = self._objective(batch, counts[0], self._routers[0], sparsity_coefficient)
             if self.spread is not None:
                 self.spread.begin_backward(last=number == accumulation)
             torch.autograd.backward(objective.total / accumulation)
@@ -170,7 +172,7 @@ class TrainingStep:
             for batch in micro_batches
         ]
         counts = {span: self._no_counts() for span in pipeline.spans}
-        routers = dict(zip(pipeline.spans, self.routers, strict=True))
+        routers = dict(zip(pipeline.spans, self._routers, strict=True))
         names = ["lm_loss"]
         if config.moe_layers:
             measured = measured_losses(config.balance, config.router)
@@ -245,7 +247,7 @@ class TrainingStep:
         parameters = self.spread.parameters
         self.pipeline.add_tied_gradients(parameters.get("embedding.weight"))
         # What the first stage has too counts there.
-        copies = {name: parameters[name].grad for name in parameters if self.pipeline.is_copy(name)}
+        copies = {name: parameters[name].grad for name in parameters if self.spread.is_copy(name)}
         for name in copies:
             parameters[name].grad = None
         norm = self.pipeline.norm(self.spread.gradient_norm())

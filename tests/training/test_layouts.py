@@ -95,6 +95,29 @@ def test_a_run_that_changes_its_layout_has_the_numbers_of_one_process(
     assert len(list((tmp_path / "changing" / "records").iterdir())) == 3
 
 
+def test_a_run_through_a_pipeline_has_the_numbers_of_one_process(tiny: Path, corpus: object, tmp_path: Path) -> None:
+    """As many micro-batches as the pipeline needs, tied embeddings, validation and records; gone on with alone."""
+
+    def begin(name: str, settings: dict[str, str]) -> list[str]:
+        return [str(tiny), *flags_of(FLAGS | {"run.folder": str(tmp_path), "run.name": name} | settings)]
+
+    alone = {"training.steps": "6", "training.accumulation": "2"}
+    assert command.main(begin("straight", alone), Path("unused"), recorder=record_sample) == 0
+    assert train(2, begin("pipeline", {"training.steps": "3", "parallel.pipeline": "2"}), tmp_path) == [0, 0]
+    on = ["--resume", str(tmp_path / "pipeline"), "--training.steps", "6", "--parallel.pipeline", "1"]
+    assert command.main(on, Path("unused"), recorder=record_sample) == 0
+
+    for kind, n_rows in (("train", 6), ("validation", 2)):
+        straight, through = rows(tmp_path / "straight", kind), rows(tmp_path / "pipeline", kind)
+        assert len(straight) == len(through) == n_rows
+        for mine, theirs in zip(through, straight, strict=True):
+            assert mine == {
+                name: pytest.approx(value, rel=2e-5, abs=1e-6) if isinstance(value, float) else value
+                for name, value in theirs.items()
+            }
+    assert len(list((tmp_path / "pipeline" / "records").iterdir())) == 3
+
+
 def test_what_the_processes_cannot_share_is_said_once(tiny: Path, tmp_path: Path, capfd: Any) -> None:
     arguments = [str(tiny), "--run.folder", str(tmp_path), "--run.name", "x", "--parallel.pipeline", "1"]
     wrong = [*arguments, "--parallel.data", "3"]
