@@ -46,7 +46,8 @@ class PartOfExperts(Experts):
         they get, but take it that every expert gets as many: for tensors that hold no numbers.
         """
         nn.Module.__init__(self)
-        self.backend, self.activation = experts.backend, experts.activation
+        self.backend, self.on_cpu, self.compute = experts.backend, experts.on_cpu, experts.compute
+        self.activation = experts.activation
         self.w_in, self.w_out, self.b_in, self.b_out = experts.w_in, experts.w_out, experts.b_in, experts.b_out
         self.expert_group, self.tensor_group, self.balanced = expert_group, tensor_group, balanced
         self._n_joined: int | None = None

@@ -92,7 +92,7 @@ class _FusedNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _experts_of_a_gpu(wanted: str, x: Tensor, weights: ExpertWeights) -> str:
+def _experts_of_a_gpu(wanted: str, x: Tensor, weights: ExpertWeights, *_: str) -> str:
     """What :func:`~moe.model.experts.choose_backend` chooses on a GPU with Triton."""
     d_model, d_ff = weights.w_out.shape[1:]
     fits = weights.b_in is None and d_model % 8 == d_ff % 8 == 0
