@@ -14,10 +14,10 @@ from moe.planner import reported
 from moe.planner.devices import Device, device
 from moe.planner.flops import Counting
 from moe.planner.layout import Layout, layout_in_words, layout_of
-from moe.planner.memory import Recipe, Step, recipe_of
 from moe.planner.plan import Question, answer, memory_by_stage, search_section, with_candidate
 from moe.planner.search import search
 from moe.planner.serving import Server
+from moe.planner.step import Recipe, Step, recipe_of
 from moe.planner.table import as_json, table, write
 from moe.planner.training import EFFICIENCY, step_time
 

@@ -7,9 +7,10 @@ from moe.config import ModelConfig
 from moe.planner.devices import Device
 from moe.planner.flops import Counting, count_flops
 from moe.planner.layout import Layout, share_of
-from moe.planner.memory import Memory, Step, largest, memory_of
+from moe.planner.memory import Memory, largest, memory_of
 from moe.planner.search import Candidate
 from moe.planner.serving import Server, cost_per_thousand, distinct_experts, kv_bytes_of_sequence, kv_bytes_per_token
+from moe.planner.step import Step
 from moe.planner.training import (
     StepTime,
     Traffic,

@@ -8,7 +8,8 @@ from moe.config import Checkpointing, ModelConfig
 from moe.planner.devices import Device
 from moe.planner.flops import count_flops
 from moe.planner.layout import Layout
-from moe.planner.memory import Memory, Step, largest
+from moe.planner.memory import Memory, largest
+from moe.planner.step import Step
 from moe.planner.training import EFFICIENCY, StepTime, step_time
 
 

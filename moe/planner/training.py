@@ -6,7 +6,7 @@ from moe.config import ModelConfig
 from moe.planner.devices import Device
 from moe.planner.flops import Flops, count_flops
 from moe.planner.layout import Layout, share_of
-from moe.planner.memory import RECIPES, Step
+from moe.planner.step import RECIPES, Step
 
 DAY = 86_400
 EFFICIENCY = 0.52

@@ -22,7 +22,8 @@ from moe.config import (
     parse_layout,
 )
 from moe.planner.layout import Layout, layers_of, layout_in_words, share_of
-from moe.planner.memory import Step, memory_of, micro_batches_in_flight, persistent, recipe_of
+from moe.planner.memory import memory_of, micro_batches_in_flight, persistent
+from moe.planner.step import Step, recipe_of
 from moe.rehearsal.rehearse import rehearse
 
 GPT4 = config_file.load(Path("configs/gpt4.yaml")).model

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from moe import config_file
 from moe.planner.devices import device
-from moe.planner.memory import Step, largest
+from moe.planner.memory import largest
 from moe.planner.search import search
+from moe.planner.step import Step
 
 MIXTRAL = config_file.load(Path("configs/published/mixtral-8x7b.yaml")).model
 H100 = device("h100")

@@ -7,7 +7,7 @@ import pytest
 from moe import config_file
 from moe.planner.devices import device
 from moe.planner.layout import Layout
-from moe.planner.memory import Step
+from moe.planner.step import Step
 from moe.planner.training import (
     bubble,
     cost,
