@@ -46,9 +46,7 @@ class PartOfExperts(Experts):
         they get, but take it that every expert gets as many: for tensors that hold no numbers.
         """
         nn.Module.__init__(self)
-        self.backend, self.on_cpu, self.compute = experts.backend, experts.on_cpu, experts.compute
-        self.activation = experts.activation
-        self.w_in, self.w_out, self.b_in, self.b_out = experts.w_in, experts.w_out, experts.b_in, experts.b_out
+        self.__dict__.update(experts.__dict__)
         self.expert_group, self.tensor_group, self.balanced = expert_group, tensor_group, balanced
         self._n_joined: int | None = None
         self._beside = [] if beside is None else [beside]  # in a list, for it is the layer's module and not this one's
@@ -125,7 +123,7 @@ class SharedBeside(SharedExperts):
 
     def __init__(self, shared: SharedExperts) -> None:
         nn.Module.__init__(self)
-        self.mlp, self.gate = shared.mlp, shared.gate
+        self.__dict__.update(shared.__dict__)
 
     def forward(self, x: Float[Tensor, "*T D"]) -> Tensor:
         """0, as their sum is elsewhere."""
