@@ -65,6 +65,8 @@ class Attention(nn.Module):
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         if cache is not None:
             keys, values = cache.store(self.layer, keys, values)
+            if visible is not None:  # a cache may return no more columns than the window sees
+                visible = visible[..., -keys.shape[2] :]
             keys, values = keys.to(queries.dtype), values.to(queries.dtype)
         if self.softmax_factor != 1:
             queries = queries * self.softmax_factor

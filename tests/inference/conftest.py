@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe.config import AttentionConfig, ExpertsConfig, ModelConfig, RouterConfig
+from moe.config import AttentionConfig, ExpertsConfig, LatentConfig, ModelConfig, RopeConfig, RouterConfig
 from moe.model.transformer import Transformer
 
 PLAIN = ModelConfig(
@@ -23,6 +23,22 @@ ATTENTION = {
     "multi-head": replace(PLAIN, attention=AttentionConfig(n_heads=4, head_dim=8)),
     "grouped": PLAIN,
     "multi-query": replace(PLAIN, attention=AttentionConfig(n_heads=4, n_kv_heads=1, head_dim=8)),
+    "latent": replace(
+        PLAIN, attention=AttentionConfig(n_heads=4, head_dim=8, latent=LatentConfig(rank=12, rotary_dim=4, value_dim=6))
+    ),
+    "sinks": replace(PLAIN, attention=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, sinks=True)),
+    "window": replace(PLAIN, attention=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=5)),
+    "window and sinks in every other layer": replace(
+        PLAIN, attention=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=3, full_every=2, sinks=True)
+    ),
+    "learned positions": replace(PLAIN, positions="learned"),
+    "no positions": replace(PLAIN, positions="none"),
+    "YaRN": replace(
+        PLAIN,
+        attention=AttentionConfig(
+            n_heads=4, n_kv_heads=2, head_dim=8, rope=RopeConfig(scaling="yarn", factor=4.0, original_max_seq=16)
+        ),
+    ),
 }
 
 

@@ -66,14 +66,16 @@ def test_requests_join_while_others_are_written(attending: Transformer, plain_gr
 def test_a_request_that_does_not_fit_waits_and_one_that_outgrows_the_rest_gives_way(
     attending: Transformer, plain_greedy: PlainGreedy
 ) -> None:
-    """Two texts of 3 + 20 tokens in 32 places: begun together, they cannot both be written."""
+    """Two texts of 3 + 20 tokens in 32 places: begun together, they cannot both be written. But where every layer has a
+    window of 5, none holds more than three blocks of 4."""
     engine = Engine(attending, n_tokens=32, max_sequences=4, block_size=4)
 
     written = answers(engine, [Request([5, 9, 11 + row], 20, GREEDY) for row in range(4)])
 
     assert written == [plain_greedy(attending, [5, 9, 11 + row], 20) for row in range(4)]
-    assert engine.statistics.preemptions > 0
-    assert engine.cache.groups[0].pool.n_free == 8
+    sees_everything = any(group.window is None for group in engine.cache.groups)
+    assert (engine.statistics.preemptions > 0) == sees_everything
+    assert all(group.pool.n_free == group.pool.n_blocks for group in engine.cache.groups)
 
 
 def test_a_preempted_sequence_draws_on_where_it_was(plain: Transformer) -> None:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.config import AttentionConfig
+from moe.config import AttentionConfig, ExpertsConfig, LatentConfig, ModelConfig
 from moe.inference.block_pool import OutOfBlocksError
-from moe.inference.paged_cache import PagedCache, Table
+from moe.inference.paged_cache import RELEASED, PagedCache, Table
 from moe.inference.reading import read
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
+from moe.planner.serving import kv_bytes_of_sequence
 
 TEXT = [5, 9, 11, 3, 60, 22, 7, 7, 1, 40, 13, 2, 33, 8, 19, 50, 4, 21, 6, 12, 44, 18, 31]
 
@@ -80,13 +81,15 @@ def test_texts_that_begin_alike_share_what_is_full(attending: Transformer) -> No
     assert first.length == 0
     logits_of(attending, cache, [first], [TEXT[:10]])
     cache.settle(first, TEXT)
-    before = cache.groups[0].pool.n_free
+    # Where there is a window, some of what is found was given back, and is held again.
+    full = [group.pool for group in cache.groups if group.window is None]
+    before = [pool.n_free for pool in full]
 
     other = [*TEXT[:9], 1, 2, 3]
     second = cache.open(other)
 
     assert second.length == 8
-    assert cache.groups[0].pool.n_free == before
+    assert [pool.n_free for pool in full] == before
     [logits] = logits_of(attending, cache, [second], [other[8:]])
     torch.testing.assert_close(logits, plainly(attending, other)[8:])
 
@@ -180,16 +183,49 @@ def test_another_number_of_tokens_than_there_is_room_for_is_refused(plain: Trans
         AttentionConfig(n_heads=4, head_dim=8),
         AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8),
         AttentionConfig(n_heads=4, n_kv_heads=1, head_dim=8),
+        AttentionConfig(n_heads=4, head_dim=8, latent=LatentConfig(rank=12, rotary_dim=4)),
     ],
-    ids=["multi-head", "grouped", "multi-query"],
+    ids=["multi-head", "grouped", "multi-query", "latent"],
 )
 def test_memory_of_32768_tokens_is_2_l_c_bytes(plain: Transformer, attention: AttentionConfig) -> None:
-    """Keys and values (2) of L layers, c = key heads times their width, of 2 bytes each."""
+    """Keys and values (2) of L layers, c = key heads times their width, of 2 bytes each; of latent attention the
+    vector and the key that turns."""
     config = replace(plain.config, max_seq=32_768, n_layers=3, attention=attention)
-    expected = 2 * 3 * attention.kv_heads * 8 * 2 * 32_768
+    c = (12 + 4) / 2 if attention.is_latent else attention.kv_heads * 8
+    expected = 2 * 3 * c * 2 * 32_768
 
     contiguous = KVCache(config, 1, 32_768, torch.device("cpu"), torch.bfloat16)
     paged = PagedCache(config, 32_768 // 16, 16, dtype=torch.bfloat16)
 
-    assert contiguous.keys_and_values.nbytes == expected
+    assert contiguous.keys.nbytes + contiguous.values.nbytes == expected
     assert paged.n_bytes == expected
+    assert kv_bytes_of_sequence(config, 32_768) == expected
+
+
+def test_a_window_gives_back_what_it_sees_no_more() -> None:
+    """23 tokens in blocks of 4 are six blocks. The next query of a window of 5 sees tokens 19 to 23: the first four
+    blocks are given back; the layer without a window keeps all."""
+    attention = AttentionConfig(n_heads=2, head_dim=4, window=5, full_every=2)
+    config = ModelConfig(
+        vocab_size=64,
+        n_layers=2,
+        d_model=8,
+        max_seq=64,
+        attention=attention,
+        experts=ExpertsConfig(n_experts=2, d_ff=4),
+    )
+    model = Transformer(config).eval().double()
+    cache = PagedCache(config, 10, 4, dtype=torch.float64, n_window_blocks=4)
+    table, start = cache.open(), 0
+
+    for size in (5, 1, 4, 1, 1, 5, 3, 3):
+        [logits] = logits_of(model, cache, [table], [TEXT[start : start + size]])
+        torch.testing.assert_close(logits, plainly(model, TEXT[: start + size])[-size:])
+        cache.settle(table, TEXT)
+        start += size
+
+    windowed, full = cache.groups
+    assert (windowed.window, full.window) == (5, None)
+    assert [block == RELEASED for block in table.blocks[0]] == [True] * 4 + [False] * 2
+    assert (windowed.pool.n_free, full.pool.n_free) == (2, 4)
+    assert cache.open(TEXT[:23]).length == 20
