@@ -158,7 +158,7 @@ def table(title: str, done: Sequence[Rehearsal], failures: Sequence[Failure] = (
         lines += _memory(done)
         lines += ["", f"what rank {done[0].rank:,} sends or receives in a step", ""]
         lines += _traffic(done[0])
-        lines += ["", SUPPOSED, f"It took {sum(rehearsal.seconds for rehearsal in done):.0f} seconds."]
+        lines += ["", SUPPOSED]
     lines += [f"rank {failure.rank:,} failed: {failure.error}" for failure in failures]
     return "\n".join(lines)
 
