@@ -30,17 +30,6 @@ SHIPPED = sorted(
 )
 
 
-BUILT = True
-"""whether moe/model builds what moe/config describes: latent attention, sinks, learned positions, biases of norms and
-head; until then those are counted but not held against a model"""
-
-
-def is_built(config: ModelConfig) -> bool:
-    attention = config.attention
-    special = attention.is_latent or attention.sinks or attention.output_bias is not None
-    return BUILT or not (special or config.positions != "rotary" or config.head_bias or not config.norm_bias)
-
-
 def on_meta(config: ModelConfig) -> Transformer:
     with torch.device("meta"):
         return Transformer(config)
@@ -148,8 +137,6 @@ def test_the_mini_keeps_the_ratios_of_gpt4() -> None:
 def test_every_shipped_configuration_has_the_parameters_of_its_model(path: Path) -> None:
     config = config_file.load(path)
     model = config.with_vocab(config.data.vocab_size).model if config.model.vocab_size is None else config.model
-    if not is_built(model):
-        pytest.skip("the model does not build it yet")
 
     assert model.num_params() == counted(on_meta(model))
 
@@ -162,8 +149,8 @@ def attentions(draw: st.DrawFn, positions: str) -> AttentionConfig:
     """Attention of either kind with everything that has a parameter."""
     n_heads = draw(st.sampled_from([1, 2, 4]))
     plain: dict[str, Any] = {"n_heads": n_heads, "head_dim": draw(st.sampled_from([4, 6]))}
-    biases = {"bias": draw(st.booleans()), "output_bias": draw(st.none() | st.booleans()) if BUILT else None}
-    if BUILT and positions == "rotary" and draw(st.booleans()):
+    biases = {"bias": draw(st.booleans()), "output_bias": draw(st.none() | st.booleans())}
+    if positions == "rotary" and draw(st.booleans()):
         latent = LatentConfig(
             rank=draw(st.integers(1, 9)),
             query_rank=draw(st.none() | st.integers(1, 9)),
@@ -176,7 +163,7 @@ def attentions(draw: st.DrawFn, positions: str) -> AttentionConfig:
         **biases,
         n_kv_heads=draw(st.sampled_from([None, 1, n_heads])),
         qk_norm=draw(st.sampled_from(["none", "head", "full"])),
-        sinks=BUILT and draw(st.booleans()),
+        sinks=draw(st.booleans()),
     )
 
 
@@ -203,7 +190,7 @@ def routers(draw: st.DrawFn, n_experts: int) -> RouterConfig:
 def models(draw: st.DrawFn) -> ModelConfig:
     """Shapes over all options that decide which parameters there are."""
     n_experts = draw(st.integers(1, 5))
-    positions = draw(st.sampled_from(["rotary", "learned", "none"])) if BUILT else "rotary"
+    positions = draw(st.sampled_from(["rotary", "learned", "none"]))
     n_layers = draw(st.integers(1, 4))
     norm = draw(st.sampled_from(["rmsnorm", "layernorm"]))
     shared = draw(st.integers(0, 2))
@@ -216,9 +203,9 @@ def models(draw: st.DrawFn) -> ModelConfig:
             max_seq=draw(st.integers(1, 16)),
             positions=positions,
             norm=norm,
-            norm_bias=not BUILT or norm == "rmsnorm" or draw(st.booleans()),
+            norm_bias=norm == "rmsnorm" or draw(st.booleans()),
             tie_embeddings=draw(st.booleans()),
-            head_bias=BUILT and draw(st.booleans()),
+            head_bias=draw(st.booleans()),
             dense_twin=draw(st.booleans()),
             attention=draw(attentions(positions)),
             feed_forward=FeedForwardConfig(
