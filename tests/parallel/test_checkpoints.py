@@ -45,8 +45,8 @@ MODEL = ModelConfig(
 )
 LAYOUTS = {
     1: [""],
-    2: ["replicate", "full", "ep2", "tp2", "pp2"],
-    4: ["full", "ep2,full", "tp2,ep2", "ep2,hybrid4", "tp2,pp2", "pp2,full"],
+    2: ["full", "ep2", "tp2", "pp2"],
+    4: ["ep2,full", "tp2,ep2", "hybrid2", "pp2,full"],
 }
 
 
@@ -134,7 +134,7 @@ def test_saved_on_any_layout_it_loads_on_any_other(together: Together, tmp_path:
             for key, state in rank.items():
                 saved[key] = saved.get(key, {}) | state  # ranks of a pipeline have different parts of it
 
-    assert len(saved) == 12
+    assert len(saved) == 9
     assert load(1) == []
     assert together(lambda: load(2), tmp_path / "2 again", 2) == [[]] * 2
     assert together(lambda: load(4), tmp_path / "4 again", 4) == [[]] * 4
