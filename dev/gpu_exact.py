@@ -1,206 +1,176 @@
-"""That ``model.deterministic`` keeps a text's bits on a GPU, and what it costs: ``python3 dev/gpu_exact.py``.
+"""What ``model.deterministic`` promises, on a GPU: ``python3 dev/gpu_exact.py`` (one minute).
 
-A small model of the toy's kind and one of real widths, with random weights, in float32 and bfloat16: the logits of a
-text among strangers, at another slot, with padding on the left, and in chunks from a cache are held against those
-alone, with the setting and without. Then the time of prefill and decoding with and without, and a training taken
-twice. Each part prints as it ends and survives the others. Without CUDA, ``--device cpu --shape small`` shows that the
-script runs.
+A text's logits alone against the same text among strangers, padded, and in chunks from a cache, in float32 and
+bfloat16, for each kind of attention; how far they differ without the promise; what it costs; and two trainings of one
+seed, bit by bit. ``--device cpu`` shows that the script runs. Exit status 1 where a promise is broken.
 """
 
 import argparse
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moe.config import AttentionConfig, ExpertsConfig, ModelConfig
+from moe.config import (
+    AttentionConfig,
+    BalanceConfig,
+    ExpertsConfig,
+    LatentConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SharedExpertsConfig,
+)
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
 from moe.training.machine import repeat_exactly
+from moe.training.optimizer import build_optimizer
+from moe.training.step import MicroBatch, TrainingStep
 
-LENGTH = 200
-"""tokens of the text whose bits are watched"""
-STRANGERS = 15
-SHAPES = {
-    "small": ModelConfig(
-        vocab_size=6144,
-        n_layers=4,
-        d_model=128,
-        attention=AttentionConfig(n_heads=4, head_dim=32),
-        experts=ExpertsConfig(n_experts=16, d_ff=192),
-    ),
-    "wide": ModelConfig(
-        vocab_size=32768,
-        n_layers=4,
-        d_model=2048,
-        attention=AttentionConfig(n_heads=16, head_dim=128, n_kv_heads=4),
-        experts=ExpertsConfig(n_experts=16, d_ff=2048),
-    ),
+VOCABULARY, LENGTH = 2048, 512
+MODES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
+KINDS: dict[str, dict[str, Any]] = {
+    "multi-query": {"n_kv_heads": 1},
+    "grouped, norms": {"n_kv_heads": 2, "qk_norm": "head"},
+    "windows, sinks": {"n_kv_heads": 2, "window": 100, "full_every": 2, "sinks": True},
+    "latent": {"latent": LatentConfig(rank=64, rotary_dim=16)},
 }
-MODES = {"float32": torch.float32, "bf16 weights": torch.bfloat16, "bf16 autocast": torch.float32}
 
 
-def main() -> int:
-    """Print every part."""
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
-    run = parser.parse_args()
-    if run.device == "cuda" and not torch.cuda.is_available():
-        print("dev/gpu_exact.py: torch finds no CUDA device here; try --device cpu --shape small")
-        return 2
-    device = torch.device(run.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}\n\nlargest difference of a logit from the text alone (0: the same bits)")
-    print(f"{'':34}{'strangers':>12}{'padding':>12}{'chunks':>12}{'one by one':>12}", flush=True)
-    parts: list[Callable[[], bool]] = []
-    for shape in run.shape:
-        for mode in MODES:
-            parts += [lambda shape=shape, mode=mode: company(shape, mode, device)]
-    parts += [lambda: training_twice(device)]
-    parts += [lambda shape=shape: cost(shape, device) for shape in run.shape]
-    held = [survive(part) for part in parts]
-    print(f"\n{'all held' if all(held) else 'SOMETHING DID NOT HOLD'}")
-    return 0 if all(held) else 1
+def config_of(kind: str, deterministic: bool) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=VOCABULARY,
+        n_layers=4,
+        d_model=512,
+        max_seq=1024,
+        init_std=0.05,
+        deterministic=deterministic,
+        attention=AttentionConfig(n_heads=8, head_dim=64, **KINDS[kind]),
+        experts=ExpertsConfig(n_experts=16, d_ff=768),
+        shared=SharedExpertsConfig(n_experts=1),
+        balance=BalanceConfig(z_loss=0.001),
+    )
 
 
-def survive(part: Callable[[], bool]) -> bool:
-    """Whether it held; an error in one part is shown, and the next goes on."""
-    try:
-        return part()
-    except Exception:
-        print("".join(traceback.format_exc().splitlines(keepends=True)[-12:]), flush=True)
-        return False
-    finally:
-        sys.stdout.flush()
+def compare(model: Transformer, text: Tensor, strangers: Tensor) -> dict[str, float]:
+    """The largest difference of the text's logits from those of the text alone, in each company."""
+    length, device = text.shape[1], text.device
+    alone = model(text)[0].float()
+
+    def away(logits: Tensor) -> float:
+        return float((logits.float() - alone).abs().max())
+
+    batch = torch.cat([strangers[:37, :length], text, strangers[37:, :length]])
+    found = {"batch": away(model(batch)[0][37:38])}
+    longer = torch.cat([strangers[:2], torch.cat([text.new_zeros(1, strangers.shape[1] - length), text], dim=1)])
+    mask = torch.ones_like(longer, dtype=torch.bool)
+    mask[2, : longer.shape[1] - length] = False
+    found["padded"] = away(model(longer, mask)[0][2:, -length:])
+    cache = KVCache(model.config, 3, length, device, model.embedding.weight.dtype)
+    three = torch.cat([strangers[:2, :length], text])
+    cuts = [0, 100, 101, 102, 300, length]
+    read = [model(three[:, a:b], cache=cache)[0][2:] for a, b in pairwise(cuts)]
+    return found | {"chunks": away(torch.cat(read, dim=1))}
 
 
-def build(shape: str, weights: torch.dtype, device: torch.device, deterministic: bool) -> Transformer:
-    """The same random weights whatever the setting; wide enough that logits are of order one."""
-    with device:
-        model = Transformer(replace(SHAPES[shape], deterministic=deterministic, init_std=0.04))
-    return model.eval().to(device, weights)
-
-
-def autocast(mode: str, device: torch.device) -> torch.autocast | nullcontext[None]:
-    """On where the mode has it."""
-    return torch.autocast(device.type, torch.bfloat16) if mode == "bf16 autocast" else nullcontext()
-
-
-@torch.no_grad()
-def company(shape: str, mode: str, device: torch.device) -> bool:
-    """Whether a text keeps its bits in four kinds of company; shown with the setting and without."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(SHAPES[shape].vocab_size or 0, (STRANGERS + 1, LENGTH), generator=generator).to(device)
-    slot, shift = 11, 56
-    text = tokens[slot : slot + 1]
-    kept = True
-    for deterministic in (True, False):
-        model = build(shape, MODES[mode], device, deterministic)
-
-        def logits(tokens: Tensor, model: Transformer = model, **more: object) -> Tensor:
-            with autocast(mode, device):
-                return model(tokens, **more)[0].float()
-
-        def in_chunks(sizes: list[int], batch: int, model: Transformer = model) -> Tensor:
-            rows = tokens[slot - batch + 1 : slot + 1]
-            cache = KVCache(model.config, batch, LENGTH, device, MODES[mode])
-            return torch.cat([logits(part, model, cache=cache)[-1:] for part in rows.split(sizes, dim=1)], dim=1)
-
-        alone = logits(text)
-        wider = F.pad(tokens, (shift, 0), value=1)
-        mask = torch.ones_like(wider, dtype=torch.bool)
-        mask[slot, :shift] = False
-        steps = 24
-        differences = [
-            (logits(tokens)[slot] - alone[0]).abs().max().item(),
-            (logits(wider, mask=mask)[slot, shift:] - alone[0]).abs().max().item(),
-            (in_chunks([64, 37, 1, LENGTH - 102], 1) - alone).abs().max().item(),
-            (in_chunks([LENGTH - steps, *[1] * steps], 4) - alone).abs().max().item(),
-        ]
-        label = f"{shape}, {mode}, {'deterministic' if deterministic else 'plain'}"
-        print(f"{label:34}" + "".join(f"{difference:12.2g}" for difference in differences), flush=True)
-        kept &= not deterministic or not any(differences)
-        del model
-    return kept
-
-
-def training_twice(device: torch.device) -> bool:
-    """Whether eight steps of AdamW under autocast end in the same weights twice, with the setting and without."""
-    print()
-    held = True
-    for deterministic in (False, True):  # what a process was told to repeat, it goes on repeating
-        if deterministic:
-            repeat_exactly()
-        states = []
-        for _ in range(2):
-            model = build("small", torch.float32, device, deterministic).train()
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-            generator = torch.Generator().manual_seed(0)
-            for _ in range(8):
-                tokens = torch.randint(6144, (8, 257), generator=generator).to(device)
-                with torch.autocast(device.type, torch.bfloat16):
-                    logits, _ = model(tokens[:, :-1])
-                F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            states.append(model.state_dict())
-        same = all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-        print(f"trained twice, {'deterministic' if deterministic else 'plain'}: {'the same' if same else 'OTHER'} bits")
-        held &= same or not deterministic
-    return held
-
-
-@torch.no_grad()
-def cost(shape: str, device: torch.device) -> bool:
-    """Milliseconds of prefill and of a step of decoding, with and without; nothing to hold."""
-    print(f"\n{shape}, ms{'':12}{'plain':>10}{'deterministic':>15}{'times':>8}", flush=True)
-    for mode in ("float32", "bf16 weights"):
-        models = [build(shape, MODES[mode], device, deterministic) for deterministic in (False, True)]
-        for what, batch, length in (("prefill 8 x 512", 8, 512), ("decode 1", 1, 1), ("decode 16", 16, 1)):
-            seconds = [time_of(model, batch, length, MODES[mode]) for model in models]
-            print(
-                f"  {what}, {mode:14}{1e3 * seconds[0]:10.3f}{1e3 * seconds[1]:15.3f}{seconds[1] / seconds[0]:8.2f}",
-                flush=True,
-            )
-        del models
-    return True
-
-
-def time_of(model: Transformer, batch: int, length: int, dtype: torch.dtype) -> float:
-    """Median seconds of seven; a single token follows 256 in a cache."""
-    device = model.embedding.weight.device
-    tokens = torch.randint(6144, (batch, max(length, 256)), device=device)
-    cache = KVCache(model.config, batch, 512, device, dtype) if length == 1 else None
-    if cache is not None:
-        model.hidden(tokens, cache=cache)
-    taken = []
-    for _ in range(9):
-        if cache is not None:
-            cache.length = 256
+def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
         synchronise(device)
         start = time.perf_counter()
-        model.hidden(tokens[:, :length], cache=cache)
+        run()
         synchronise(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[2:])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def train(deterministic: bool, device: torch.device, steps: int) -> tuple[dict[str, Tensor], float]:
+    """The weights after a few steps, and the seconds of one."""
+    model = Transformer(config_of("grouped, norms", deterministic), seed=3).to(device)
+    step = TrainingStep(model, build_optimizer(model, OptimizerConfig()), precision="bf16", clip=1.0)
+    generator = torch.Generator().manual_seed(5)
+    times = []
+    for _ in range(steps):
+        tokens = torch.randint(VOCABULARY, (8, LENGTH + 1), generator=generator).to(device)
+        synchronise(device)
+        start = time.perf_counter()
+        step([MicroBatch(tokens[:, :-1], tokens[:, 1:])], 1e-3)
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    return {name: value.clone() for name, value in model.state_dict().items()}, statistics.median(times[1:])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--steps", type=int, default=10)
+    run = parser.parse_args()
+    device = torch.device(run.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("dev/gpu_exact.py: torch finds no CUDA device here; --device cpu shows that the script runs")
+        return 2
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{where}, torch {torch.__version__}", flush=True)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(VOCABULARY, (1, LENGTH), generator=generator).to(device)
+    strangers = torch.randint(VOCABULARY, (63, LENGTH + 77), generator=generator).to(device)
+    broken = False
+    plain_seconds = train(False, device, run.steps)[1]
+    repeat_exactly()
+    (first, one), (second, _) = (train(True, device, run.steps) for _ in range(2))
+    equal = all(torch.equal(first[name], second[name]) for name in first)
+    broken |= not equal
+    print(
+        f"two trainings of {run.steps} steps: {'the same bits' if equal else 'NOT THE SAME'}; a step takes "
+        f"{plain_seconds * 1e3:.1f} ms plain, {one * 1e3:.1f} ms deterministic, {one / plain_seconds:.2f}x",
+        flush=True,
+    )
+    print("largest difference of a logit from that of the text alone", flush=True)
+    with torch.no_grad():
+        for mode, weights in MODES.items():
+            for kind in KINDS:
+                for deterministic in (False, True):
+                    model = Transformer(config_of(kind, deterministic)).eval().to(device, weights)
+                    try:
+                        with torch.autocast(device.type, torch.bfloat16, enabled=mode == "autocast"):
+                            found = compare(model, text, strangers)
+                    except Exception as error:  # the other kinds are worth knowing all the same
+                        print(f"{kind}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                        broken = True
+                        continue
+                    broken |= deterministic and any(found.values())
+                    label = "deterministic" if deterministic else "plain"
+                    numbers = "  ".join(f"{company} {largest:.1e}" for company, largest in found.items())
+                    print(f"{mode:9}{kind:16}{label:14} {numbers}", flush=True)
+        for weights in (torch.float32, torch.bfloat16):
+            plain, invariant = (
+                Transformer(replace(config_of("grouped, norms", False), deterministic=chosen))
+                .eval()
+                .to(device, weights)
+                for chosen in (False, True)
+            )
+            for label, tokens in (("64 x 512 tokens", torch.cat([strangers, strangers[:1]])[:, :512]),
+                                  ("16 x 1 token", strangers[:16, :1])):  # fmt: skip
+                costs = [seconds(lambda m=m, t=tokens: m(t), device, 5) for m in (plain, invariant)]  # type: ignore[misc]
+                print(
+                    f"cost, {str(weights).removeprefix('torch.')}, {label}: {costs[0] * 1e3:.1f} ms plain, "
+                    f"{costs[1] * 1e3:.1f} ms deterministic, {costs[1] / costs[0]:.2f}x",
+                    flush=True,
+                )
+    return int(broken)
 
 
 if __name__ == "__main__":

@@ -72,12 +72,6 @@ class ModelConfig:
             "deterministic",
             "is true, but the products of constant experts (special.constant) depend on the batch",
         )
-        for key, is_set in (("window", self.attention.window), ("latent.rank", self.attention.latent.rank)):
-            require(
-                not (self.deterministic and is_set),
-                f"attention.{key}",
-                f"is {is_set}, but with model.deterministic sums over keys go from a text's first token on",
-            )
         self._require_positions_that_fit()
         self._require_a_router_that_fits()
         self._require_losses_that_act()

@@ -15,7 +15,7 @@ from moe.model.rope_scaling import softmax_factor
 from moe.model.rotation import rotate
 from moe.model.sinks import with_sinks
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """the signature of :func:`attend`"""
 
 
@@ -70,7 +70,7 @@ class Attention(nn.Module):
             keys, values = keys.to(queries.dtype), values.to(queries.dtype)
         if self.softmax_factor != 1:
             queries = queries * self.softmax_factor
-        heads = with_sinks(self.attend, queries, keys, values, visible, self.sinks)
+        heads = self.attend(queries, keys, values, visible, self.sinks)
         output: Tensor = self.output(rearrange(heads, "b h s d -> b s (h d)"))
         return output
 
@@ -80,8 +80,11 @@ def attend(
     keys: Float[Tensor, "B H_kv L d"],
     values: Float[Tensor, "B H_kv L d_v"],
     visible: Bool[Tensor, "#B 1 S L"] | None,
+    sinks: Float[Tensor, " H"] | None = None,
 ) -> Float[Tensor, "B H S d_v"]:
     """softmax(Q Kᵀ / √d) V over the ``visible`` keys (None: up to the query), each key head for H / H_kv heads."""
+    if sinks is not None:
+        return with_sinks(attend, queries, keys, values, visible, sinks)
     if keys.shape == values.shape and short_attention.pays(queries, keys, causal=visible is None):
         return short_attention.short_attention(queries, keys, values)
     return F.scaled_dot_product_attention(

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
-from moe.model.attention import attend, normalise_wide
+from moe.model.attention import Attend, attend, normalise_wide
 from moe.model.cache import Cache
 from moe.model.rope_scaling import softmax_factor
 from moe.model.rotation import rotate
@@ -48,6 +48,8 @@ class LatentAttention(nn.Module):
         self.value = nn.Linear(latent.rank, heads * self.value_dim, bias=False)
         self.output = nn.Linear(heads * self.value_dim, config.d_model, bias=attention.has_output_bias)
         self.softmax_factor = softmax_factor(attention.rope)
+        self.attend: Attend = attend
+        self.may_stay_in_the_latent = not config.deterministic  # the two ways round differently
 
     def forward(
         self,
@@ -70,7 +72,8 @@ class LatentAttention(nn.Module):
         if cache is not None:
             turned_keys, latents = cache.store(self.layer, turned_keys, latents)
             turned_keys, latents = turned_keys.to(queries.dtype), latents.to(queries.dtype)
-        if cache is not None and self._is_cheaper_in_the_latent(x.shape[1], latents.shape[2], visible):
+        cached = cache is not None and self.may_stay_in_the_latent
+        if cached and self._is_cheaper_in_the_latent(x.shape[1], latents.shape[2], visible):
             heads = self._attend_in_the_latent(still, turning, latents[:, 0], turned_keys[:, 0], visible)
         else:
             heads = self._attend(still, turning, latents, turned_keys, visible)
@@ -89,7 +92,7 @@ class LatentAttention(nn.Module):
         keys = rearrange(self.key(latents), "b 1 l (h n) -> b h l n", n=self.head_dim)
         values = rearrange(self.value(latents), "b 1 l (h v) -> b h l v", v=self.value_dim)
         keys = torch.cat([keys, turned_keys.expand(-1, keys.shape[1], -1, -1)], dim=-1)
-        return attend(torch.cat([still, turning], dim=-1), keys, values, visible)
+        return self.attend(torch.cat([still, turning], dim=-1), keys, values, visible, None)
 
     def _attend_in_the_latent(
         self,

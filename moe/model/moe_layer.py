@@ -40,7 +40,7 @@ class MoELayer(nn.Module):
         self.special = SpecialExperts(config.special, config.d_model) if config.special.total else None
         self.shared = SharedExperts(config) if config.shared.n_experts else None
         if config.deterministic:
-            make_invariant(self)
+            make_invariant(self, config)
 
     def forward(
         self,

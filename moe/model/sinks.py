@@ -24,17 +24,15 @@ def with_sinks(
     keys: Float[Tensor, "B H_kv L d"],
     values: Float[Tensor, "B H_kv L d"],
     visible: Bool[Tensor, "#B 1 S L"] | None,
-    sinks: Float[Tensor, " H"] | None,
+    sinks: Float[Tensor, " H"],
 ) -> Float[Tensor, "B H S d"]:
-    """What ``attend`` makes of queries, keys and values beside the ``sinks``; None: there are none.
+    """What ``attend`` makes of queries, keys and values beside the ``sinks``.
 
     In one dimension more, queries hold the sink's score and the sink's key holds 1; all other keys hold 0 there. The
     added dimensions change the 1 / √d by which ``attend`` divides, which the queries make up for. Where ``visible`` is
     None, which says that query i sees keys up to i, there is a query more as well, before the others, that sees the
     sink alone.
     """
-    if sinks is None:
-        return attend(queries, keys, values, visible)
     batch, n_heads, n_queries, width = queries.shape
     scores = (sinks * math.sqrt(width + ROOM)).to(queries.dtype)[:, None, None].expand(batch, n_heads, n_queries, 1)
     queries = torch.cat([queries * math.sqrt((width + ROOM) / width), F.pad(scores, (0, ROOM - 1))], dim=-1)

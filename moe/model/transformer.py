@@ -50,7 +50,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
         initialise(self, config.init_std, config.n_layers, seed)
         if config.deterministic:
-            make_invariant(self)
+            make_invariant(self, config)
 
     def forward(
         self, tokens: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None = None, cache: Cache | None = None

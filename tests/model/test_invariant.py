@@ -15,7 +15,9 @@ from moe.config import (
     ConfigError,
     ExpertsConfig,
     FeedForwardConfig,
+    LatentConfig,
     ModelConfig,
+    RopeConfig,
     RouterConfig,
     SharedExpertsConfig,
     SpecialExpertsConfig,
@@ -34,7 +36,10 @@ VOCABULARY, LONGEST = 96, 110
 ATTENTION: dict[str, dict[str, Any]] = {
     "multi-head": {"qk_norm": "full"},
     "multi-query": {"n_kv_heads": 1},
-    "grouped": {"n_kv_heads": 2, "qk_norm": "head"},
+    "grouped": {"n_kv_heads": 2, "qk_norm": "head", "rope": RopeConfig(fraction=0.5)},
+    "sinks": {"sinks": True},
+    "windows": {"n_kv_heads": 2, "window": 24, "full_every": 2, "sinks": True},
+    "latent": {"latent": LatentConfig(rank=20, rotary_dim=8)},
 }
 ROUTER = {
     "softmax": RouterConfig(),
@@ -71,7 +76,7 @@ PRECISIONS = [(torch.float32, False), (torch.float32, True), (torch.bfloat16, Fa
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     data=st.data(),
     kind=st.sampled_from(sorted(ATTENTION)),
@@ -123,7 +128,7 @@ def test_it_computes_what_the_plain_model_computes(kind: str) -> None:
 
 
 def test_everything_that_sums_is_replaced() -> None:
-    model = model_of("grouped", "softmax", torch.float32)
+    model = model_of("sinks", "softmax", torch.float32)
     assert not [name for name, module in model.named_modules() if type(module) is nn.Linear]
     assert {type(module) for module in model.modules()} >= {InvariantLinear, Router, Experts}
     layer = MoELayer(ModelConfig(deterministic=True))
@@ -156,14 +161,18 @@ def test_a_linear_map_is_torchs(dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, expected, rtol=4 * tolerance, atol=20 * tolerance)
 
 
-def test_attention_is_the_plain_one() -> None:
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_attention_is_the_plain_one(window: int | None, with_sinks: bool) -> None:
     """Seven new tokens after 130, one sequence without its first 20 columns; in float64."""
     queries, keys, values = (torch.randn(2, h, s, 8, dtype=torch.float64) for h, s in ((6, 7), (2, 137), (2, 137)))
+    sinks = torch.randn(6, dtype=torch.float64) if with_sinks else None
     real = torch.ones(2, 137, dtype=torch.bool)
     real[1, :20] = False
-    visible = attention.visible_keys(real, 7)
-    plain = attention.attend(queries, keys, values, visible)
-    torch.testing.assert_close(attend(queries, keys, values, visible), plain, rtol=1e-12, atol=1e-12)
+    visible = attention.visible_keys(real, 7, window)
+    plain = attention.attend(queries, keys, values, visible, sinks)
+    ours = attend(queries, keys, values, visible, sinks, window=window)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
@@ -215,21 +224,25 @@ def test_the_products_kernel(kernel_device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_attention_kernel(kernel_device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_the_attention_kernel(kernel_device: str, dtype: torch.dtype, window: int | None, with_sinks: bool) -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=kernel_device).to(dtype)
 
     queries, keys, values = normal(2, 6, 5, 24), normal(2, 2, 100, 24), normal(2, 2, 100, 24)
+    sinks = torch.randn(6, device=kernel_device) if with_sinks else None
     real = torch.ones(2, 100, dtype=torch.bool, device=kernel_device)
     real[1, :20] = False
-    visible = attention.visible_keys(real, 5)
-    attended = kernels().attend_backwards(queries, keys, values, visible)
+    visible = attention.visible_keys(real, 5, window)
+    attended = kernels().attend_backwards(queries, keys, values, visible, 24**-0.5, sinks, window)
     wide = (tensor.double().cpu() for tensor in (queries, keys, values))
-    expected = attention.attend(*wide, visible.cpu())
+    sinks_wide = None if sinks is None else sinks.double().cpu()
+    expected = attention.attend(*wide, visible.cpu(), sinks_wide)
     torch.testing.assert_close(attended.double().cpu(), expected, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
     # The second sequence alone, without its padding, and its last query alone.
     one = [tensor[1:, :, 20:] for tensor in (keys, values)]
-    alone = kernels().attend_backwards(queries[1:, :, 4:], *one, None)
+    alone = kernels().attend_backwards(queries[1:, :, 4:], *one, None, 24**-0.5, sinks, window)
     assert torch.equal(alone, attended[1:, :, 4:])
 
 

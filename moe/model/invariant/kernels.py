@@ -7,7 +7,6 @@ the weight decides a row's bits. No tuning by time: that would let the machine, 
 # mypy: ignore-errors
 # ruff: noqa: N803 (compile-time arguments are upper case, as everywhere in Triton)
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -66,54 +65,69 @@ def _rows_by_weights(
 def attend_backwards(
     queries: Float[Tensor, "B H S d"],
     keys: Float[Tensor, "B H_kv L d"],
-    values: Float[Tensor, "B H_kv L d"],
+    values: Float[Tensor, "B H_kv L v"],
     visible: Bool[Tensor, "#B 1 S L"] | None,
-) -> Float[Tensor, "B H S d"]:
+    scale: float,
+    sinks: Float[Tensor, " H"] | None,
+    window: int | None,
+) -> Float[Tensor, "B H S v"]:
     """Attention of each query through blocks of keys from its own backwards: it knows its end, not where it begins.
 
     The heads that share a key head are the rows of a tile.
     """
     n_sequences, n_heads, n_queries, width = queries.shape
-    n_key_heads, n_keys = keys.shape[1:3]
+    n_key_heads, n_keys, value_width = keys.shape[1], keys.shape[2], values.shape[3]
     queries, keys, values = (tensor.contiguous() for tensor in (queries, keys, values))
+    # Always with a mask: without one another program would be compiled, which may round otherwise.
+    seen = torch.ones(n_keys, dtype=torch.int8, device=queries.device)
+    strides = (0, 0)
     if visible is not None:
-        visible = visible[:, 0].expand(n_sequences, -1, -1).to(torch.int8).contiguous()
+        seen = visible[:, 0].expand(n_sequences, -1, -1).to(torch.int8).contiguous()
+        strides = (n_queries * n_keys, n_keys)
     group = n_heads // n_key_heads
     heads = min(64, max(16, triton.next_power_of_2(group)))
     wide = max(16, triton.next_power_of_2(width))
-    result = torch.empty_like(queries)
+    result = queries.new_empty(n_sequences, n_heads, n_queries, value_width)
     with torch.cuda.device_of(queries):
         _attend[(n_queries, n_sequences * n_key_heads, triton.cdiv(group, heads))](
-            queries, keys, values, visible, result, 1 / math.sqrt(width), n_key_heads, group, n_queries, n_keys, width,
-            visible is not None, heads, KEYS if wide <= 128 else KEYS // 2, wide, num_warps=4, num_stages=2,
+            queries, keys, values, seen, *strides, None if sinks is None else sinks.float(), result, scale,
+            n_key_heads, group, n_queries, n_keys, window or n_keys, width, value_width,
+            sinks is not None, heads, KEYS if wide <= 128 else KEYS // 2, wide,
+            max(16, triton.next_power_of_2(value_width)), num_warps=4, num_stages=2,
         )  # fmt: skip
     return result
 
 
-@triton.jit
+# For the same reason no number is specialised on: by default a 1, or a multiple of 16, makes a program of its own.
+@triton.jit(do_not_specialize=["sequence_stride", "query_stride", "n_queries", "n_keys", "reach"])
 def _attend(
-    queries_at, keys_at, values_at, visible_at, result_at, scale, n_key_heads, group, n_queries, n_keys, width,
-    MASK: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    queries_at, keys_at, values_at, visible_at, sequence_stride, query_stride, sinks_at, result_at, scale,
+    n_key_heads, group, n_queries, n_keys, reach, width, value_width,
+    SINKS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     query, key_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     there = head < group
-    part, block = tl.arange(0, WIDTH), tl.arange(0, KEYS)
+    part, value_part, block = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH), tl.arange(0, KEYS)
     row = (key_head * group + head) * n_queries + query
     q = tl.load(
         queries_at + row[:, None] * width + part[None, :], mask=there[:, None] & (part < width)[None, :], other=0.0
     )
-    highest = tl.zeros((HEADS,), tl.float32) - float("inf")
-    total = tl.zeros((HEADS,), tl.float32)
-    mixed = tl.zeros((HEADS, WIDTH), tl.float32)
+    if SINKS:
+        highest = tl.load(sinks_at + (key_head % n_key_heads) * group + head, mask=there, other=0.0)
+        total = tl.zeros((HEADS,), tl.float32) + 1.0
+    else:
+        highest = tl.zeros((HEADS,), tl.float32) - float("inf")
+        total = tl.zeros((HEADS,), tl.float32)
+    mixed = tl.zeros((HEADS, VALUE_WIDTH), tl.float32)
     own = n_keys - n_queries + query
+    visible_row_at = visible_at + key_head // n_key_heads * sequence_stride + query.to(tl.int64) * query_stride
     # A block in which nothing is visible changes nothing, so padding may add as many as it likes.
-    for back in range(0, own + 1, KEYS):
+    for back in range(0, tl.minimum(own + 1, reach), KEYS):
         key = own - back - block
-        seen = key >= 0
-        if MASK:
-            visible_row = (key_head // n_key_heads * n_queries + query) * n_keys
-            seen = seen & (tl.load(visible_at + visible_row + key, mask=seen, other=0) != 0)
+        seen = (key >= 0) & (back + block < reach)
+        seen = seen & (tl.load(visible_row_at + key, mask=seen, other=0) != 0)
         key_row = key_head * n_keys + key
         k = tl.load(
             keys_at + key_row[None, :] * width + part[:, None], mask=seen[None, :] & (part < width)[:, None], other=0.0
@@ -125,8 +139,8 @@ def _attend(
         shares = tl.exp(scores - at[:, None])
         shrink = tl.exp(highest - at)
         v = tl.load(
-            values_at + key_row[:, None] * width + part[None, :],
-            mask=seen[:, None] & (part < width)[None, :],
+            values_at + key_row[:, None] * value_width + value_part[None, :],
+            mask=seen[:, None] & (value_part < value_width)[None, :],
             other=0.0,
         )
         total = total * shrink + tl.sum(shares, 1)
@@ -134,7 +148,7 @@ def _attend(
         highest = new
     mixed = mixed / total[:, None]
     tl.store(
-        result_at + row[:, None] * width + part[None, :],
+        result_at + row[:, None] * value_width + value_part[None, :],
         mixed.to(result_at.dtype.element_ty),
-        mask=there[:, None] & (part < width)[None, :],
+        mask=there[:, None] & (value_part < value_width)[None, :],
     )
