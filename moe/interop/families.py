@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from moe.config import ModelConfig
 from moe.interop.family import Families, Family
-from moe.interop.links import Link, Shape, gate_bias, gate_rows, value_bias, value_rows
+from moe.interop.links import Link, Shape, every_second, gate_bias, gate_rows, transposed, value_bias, value_rows
 from moe.interop.settings import (
     Always,
     Choice,
@@ -24,6 +24,7 @@ from moe.interop.settings import (
     SharedCount,
     SharedWidth,
     SparseSteps,
+    Windows,
 )
 
 # ------------------------------------------------------------------------------------------------- what most have alike
@@ -123,7 +124,7 @@ MIXTRAL = Family(
         KEY_HEADS,
         HeadWidth(),
         Rotary(1_000_000.0),
-        Only("sliding_window", None, reason="and our model has no windows"),
+        Windows(),
         Key("num_local_experts", "experts.n_experts", also=("num_experts",)),
         Key("intermediate_size", "experts.d_ff"),
         TOP_K,
@@ -150,7 +151,7 @@ OLMOE = Family(
         HeadWidth(written=False),
         ATTENTION_BIAS,
         Rotary(10_000.0),
-        Only("clip_qkv", None, reason="and our model clips no queries, keys or values"),
+        Key("clip_qkv", "attention.clip", float, default=None),
         Key("num_experts", "experts.n_experts", also=("num_local_experts",)),
         Key("intermediate_size", "experts.d_ff"),
         TOP_K,
@@ -249,6 +250,60 @@ GLM4_MOE = Family(
     derived=DERIVED,
 )
 
+
+def _gates_and_values(config: ModelConfig) -> Shape:
+    return config.experts.n_experts, config.d_model, 2 * config.experts.d_ff
+
+
+def _their_biases(config: ModelConfig) -> Shape:
+    return config.experts.n_experts, 2 * config.experts.d_ff
+
+
+GATE_UP, EXPERT_BIASES = f"{MLP}.experts.gate_up_proj", f"{MLP}.experts.gate_up_proj_bias"
+W_IN, B_IN = f"{FEED_FORWARD}.experts.w_in", f"{FEED_FORWARD}.experts.b_in"
+
+GPT_OSS = Family(
+    name="gpt_oss",
+    architecture="GptOssForCausalLM",
+    settings=(
+        *SHAPE,
+        KEY_HEADS,
+        HeadWidth(default=64),
+        Key("attention_bias", "attention.bias", bool, default=True),
+        Rotary(150_000.0),
+        Windows(alternate=True),
+        Key("num_local_experts", "experts.n_experts", also=("num_experts",)),
+        Key("intermediate_size", "experts.d_ff"),
+        TOP_K,
+        SOFTMAX,
+        Only("swiglu_limit", 7.0, absent=7.0, reason="and ours is clamped at 7"),
+        Always(
+            {
+                "attention.sinks": True,
+                "feed_forward.activation": "swiglu_clamped",
+                "feed_forward.bias": True,
+                "router.bias": True,
+                "router.normalise": True,
+            }
+        ),
+    ),
+    tensors=(
+        *TRUNK,
+        *OUTPUT_BIAS,
+        Link(f"{LAYER}.self_attn.sinks", f"{BLOCK}.attention.sinks"),
+        Link(f"{MLP}.router.weight", f"{FEED_FORWARD}.router.weight"),
+        Link(f"{MLP}.router.bias", f"{FEED_FORWARD}.router.bias"),
+        Link(GATE_UP, W_IN, transposed(gate_rows), place=every_second(0), shape=_gates_and_values),
+        Link(GATE_UP, W_IN, transposed(value_rows), place=every_second(1), shape=_gates_and_values),
+        Link(EXPERT_BIASES, B_IN, gate_bias, place=every_second(0), shape=_their_biases),
+        Link(EXPERT_BIASES, B_IN, value_bias, place=every_second(1), shape=_their_biases),
+        Link(f"{MLP}.experts.down_proj", f"{FEED_FORWARD}.experts.w_out", transposed()),
+        Link(f"{MLP}.experts.down_proj_bias", f"{FEED_FORWARD}.experts.b_out"),
+    ),
+    tied_copy=HEAD_COPY,
+    derived=DERIVED,
+)
+
 # --------------------------------------------------------------------------------------------------------- dense models
 
 LLAMA = Family(
@@ -287,7 +342,7 @@ QWEN3 = Family(
 )
 
 FAMILIES: Families = MappingProxyType(
-    {family.name: family for family in (MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, GLM4_MOE, LLAMA, QWEN3)}
+    {family.name: family for family in (MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, GLM4_MOE, GPT_OSS, LLAMA, QWEN3)}
 )
 """by the ``model_type`` of a config.json; a run is exported as the first that can represent it"""
 

@@ -318,7 +318,7 @@ def _fill(ours: Mapping[str, Tensor], shards: Shards, pieces: list[Piece]) -> No
     for name, tensor in shards:
         for piece in places.get(name, ()):
             assert piece.ours is not None
-            piece.view(ours[piece.ours]).copy_(tensor)
+            piece.view(ours[piece.ours]).copy_(tensor if piece.place is None else piece.place(tensor))
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ which are one stack here. A link whose tensor of ours the model does not have (a
 where there is a mixture) is left out, so one table serves every variant of a family.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from moe.model.transformer import Transformer
 Part = Callable[[Tensor, ModelConfig], Tensor]
 """the piece of a tensor of ours that theirs is: a view, where models are read as well as written"""
 Shape = tuple[int, ...]
+ShapeOf = Callable[[ModelConfig], Shape]
 
 SELECTION_BIAS = "router.selection_bias"
 """end of the name of a tensor that stays float32: bfloat16, which has no numbers between 0.5 and 0.504, would make it
@@ -49,6 +49,16 @@ def value_bias(tensor: Tensor, config: ModelConfig) -> Tensor:
     return tensor.chunk(2, dim=-1)[1]
 
 
+def transposed(part: Part = whole) -> Part:
+    """A piece as ``x W`` wants it, where ours is as ``x Wᵀ`` does: inputs before outputs."""
+    return lambda tensor, config: part(tensor, config).transpose(-1, -2)
+
+
+def every_second(first: int) -> Part:
+    """Columns ``first``, ``first`` + 2, ... of theirs: gate and value alternate."""
+    return lambda tensor, config: tensor[..., first::2]
+
+
 @dataclass(frozen=True)
 class Link:
     """One tensor of theirs, and the piece of a tensor of ours that it is."""
@@ -61,7 +71,11 @@ class Link:
     """which piece of that tensor, or of that expert"""
     instead: str | None = None
     """the tensor that is meant where our model does not have that one"""
-    zeros: Callable[[ModelConfig], Shape] | None = None
+    place: Part = whole
+    """which piece of theirs that is, where theirs holds several of ours"""
+    shape: ShapeOf | None = None
+    """of theirs, then"""
+    zeros: ShapeOf | None = None
     """where our model has no such tensor, theirs is made of zeros, of this shape, in every mixture layer"""
 
 
@@ -78,6 +92,8 @@ class Piece:
     """of theirs"""
     stays_float32: bool
     """whether it is float32 whatever the rest is"""
+    place: Callable[[Tensor], Tensor] | None = None
+    """from theirs to where in it the piece lies; None: it is all of theirs"""
 
 
 def pieces(links: Sequence[Link], config: ModelConfig) -> list[Piece]:
@@ -110,7 +126,10 @@ def _of_layer(link: Link, layer: int, config: ModelConfig, ours: Mapping[str, Te
             return link.part(tensor if expert is None else tensor[expert], config)
 
         theirs = link.theirs.format(layer=layer, expert=expert)
-        found.append(Piece(theirs, name, view, tuple(view(ours[name]).shape), stays_float32))
+        shape, place = tuple(view(ours[name]).shape), None
+        if link.shape is not None:
+            shape, place = link.shape(config), lambda tensor: link.place(tensor, config)
+        found.append(Piece(theirs, name, view, shape, stays_float32, place))
     return found
 
 
@@ -126,8 +145,9 @@ def shapes(config: ModelConfig) -> dict[str, Tensor]:
 
 def homeless(links: Sequence[Link], config: ModelConfig) -> list[str]:
     """Our tensors that the links do not account for, or only in part."""
-    left = {name: tensor.numel() for name, tensor in shapes(config).items()}
+    ours = shapes(config)
+    left = {name: tensor.numel() for name, tensor in ours.items()}
     for piece in pieces(links, config):
         if piece.ours is not None:
-            left[piece.ours] -= math.prod(piece.shape)
+            left[piece.ours] -= piece.view(ours[piece.ours]).numel()
     return [name for name, elements in left.items() if elements > 0]

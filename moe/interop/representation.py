@@ -10,6 +10,7 @@ from typing import Any
 
 from moe.config import CapacityConfig, ConfigError, ModelConfig, shown
 from moe.interop.family import Family
+from moe.model.rope_scaling import original_context
 
 ONLY_IN_TRAINING = (
     "max_seq",  # a bound on what is accepted; it changes no number
@@ -46,6 +47,12 @@ def decisive(config: ModelConfig) -> dict[str, Any]:
         found |= _dotted(asdict(CapacityConfig()), "router.capacity.")
     found = {key: value for key, value in found.items() if not _begins(key, ONLY_IN_TRAINING)}
     found["attention.n_kv_heads"] = config.attention.kv_heads
+    found["attention.output_bias"] = config.attention.has_output_bias
+    found["attention.latent.value_dim"] = config.attention.value_dim
+    if config.attention.rope.scaling in ("yarn", "llama3"):
+        found["attention.rope.original_max_seq"] = original_context(config)
+    if config.attention.window is None or all(config.attention.window_of(n) is None for n in range(config.n_layers)):
+        found |= {"attention.window": None, "attention.full_every": None, "attention.first_full": 0}
     dense = [layer for layer in range(config.n_layers) if layer not in config.moe_layers]
     del found["experts.first_dense"], found["dense_twin"]
     found[MIXTURES] = config.moe_layers

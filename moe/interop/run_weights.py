@@ -85,9 +85,23 @@ class RunWeights:
 
     def tensors(self, pieces: list[Piece], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of all of ``pieces`` that theirs have, one in memory at a time."""
+        by_name: dict[str, list[Piece]] = {}
         for piece in pieces:
             if piece.theirs is not None:
-                yield piece.theirs, self.tensor(piece, dtype)
+                by_name.setdefault(piece.theirs, []).append(piece)
+        for name, parts in by_name.items():
+            yield name, self._joined(parts, dtype)
+
+    def _joined(self, parts: list[Piece], dtype: torch.dtype) -> Tensor:
+        """The tensor of theirs that ``parts`` make up."""
+        if parts[0].place is None:
+            return self.tensor(parts[0], dtype)
+        joined = torch.empty(parts[0].shape, dtype=torch.float32 if parts[0].stays_float32 else dtype)
+        for part in parts:
+            assert part.ours is not None
+            assert part.place is not None
+            part.place(joined).copy_(part.view(self._read(part.ours)))
+        return joined
 
     def _read(self, name: str) -> Tensor:
         # The experts of a layer come one after the other out of one tensor.

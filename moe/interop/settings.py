@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import Any, Protocol
 
 from moe.config import ModelConfig, require, shown
+from moe.model.rope_scaling import original_context
 
 Theirs = Mapping[str, Any]
 Ours = Mapping[str, Any]
@@ -149,13 +150,34 @@ class Choice:
         return {self.theirs: (named or list(self.values))[0]}
 
 
+_LONGER = {"factor": ("factor", float), "original_max_position_embeddings": ("original_max_seq", int)}
+SCALINGS: Mapping[str, Mapping[str, tuple[str, type]]] = {
+    "linear": {"factor": ("factor", float)},
+    "llama3": {
+        **_LONGER,
+        "low_freq_factor": ("low_freq_factor", float),
+        "high_freq_factor": ("high_freq_factor", float),
+    },
+    "yarn": {
+        **_LONGER,
+        "beta_fast": ("beta_fast", float),
+        "beta_slow": ("beta_slow", float),
+        "attention_factor": ("attention_factor", float),
+        "truncate": ("truncate", bool),
+    },
+}
+"""scalings of the rotary frequencies that both have: their names of the settings, and ours below ``attention.rope``"""
+
+
 @dataclass(frozen=True)
 class Rotary:
-    """The base of the rotary frequencies: ``rope_theta`` up to transformers 4, ``rope_parameters`` from 5 on."""
+    """The rotary frequencies: ``rope_theta``, ``rope_scaling`` up to transformers 4, ``rope_parameters`` from 5 on."""
 
     default_theta: float
     default_partial: float = 1.0
     """share of a head that is rotated where nothing says so"""
+    scales_softmax: bool = False
+    """whether ``mscale_all_dim`` acts on the softmax as well (DeepSeek)"""
     keys: tuple[str, ...] = ("rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor")
 
     def read(self, theirs: Theirs) -> Ours:
@@ -167,19 +189,52 @@ class Rotary:
             name,
             "differs between kinds of layers, and in our model all are alike",
         )
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        require(kind == "default", f"{name}.rope_type", f"is {kind}, a scaling that our model has not")
         partial = take(parameters, "partial_rotary_factor", take(theirs, "partial_rotary_factor", self.default_partial))
-        require(partial == 1, "partial_rotary_factor", f"is {partial}, and our model rotates whole heads")
         theta = take(parameters, "rope_theta", take(theirs, "rope_theta", self.default_theta))
-        return {"attention.rope_theta": typed("rope_theta", theta, float)}
+        return {
+            "attention.rope_theta": typed("rope_theta", theta, float),
+            **({} if partial == 1 else {"attention.rope.fraction": typed("partial_rotary_factor", partial, float)}),
+            **self._scaling(name, parameters),
+        }
+
+    def _scaling(self, name: str, parameters: Theirs) -> Ours:
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind == "default":
+            return {}
+        require(kind in SCALINGS, f"{name}.rope_type", f"is {kind}, a scaling that our model has not")
+        found = {"attention.rope.scaling": kind}
+        for key in SCALINGS[kind].keys() & _LONGER.keys():
+            require(parameters.get(key) is not None, f"{name}.{key}", f"is not given, and {kind} needs it")
+        for theirs, (ours, cast) in SCALINGS[kind].items():
+            if parameters.get(theirs) is not None:
+                found[f"attention.rope.{ours}"] = typed(f"{name}.{theirs}", parameters[theirs], cast)
+        mscale, whole = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        require(
+            (not mscale and not whole) or (bool(mscale and whole) and self.scales_softmax),
+            f"{name}.mscale",
+            f"is {shown(mscale)} and mscale_all_dim {shown(whole)}, which together our model has in latent attention",
+        )
+        if mscale and whole:
+            found |= {"attention.rope.mscale": float(mscale), "attention.rope.mscale_all_dim": float(whole)}
+        return found
 
     def write(self, config: ModelConfig) -> Theirs:
-        theta = config.attention.rope_theta
-        partial = {} if self.default_partial == 1 else {"partial_rotary_factor": 1.0}
+        theta, rope = config.attention.rope_theta, config.attention.rope
+        # Where ours says nothing of a fraction, neither do theirs, unless its absence would mean another one.
+        partial = {} if self.default_partial == rope.fraction else {"partial_rotary_factor": rope.fraction}
+        if rope.scaling not in SCALINGS:
+            scaling: dict[str, Any] = {"rope_type": "default" if rope.scaling == "none" else rope.scaling}
+        else:
+            known = {theirs: getattr(rope, ours) for theirs, (ours, _) in SCALINGS[rope.scaling].items()}
+            known |= {key: getattr(rope, key) for key in ("mscale", "mscale_all_dim")}
+            scaling = {"rope_type": rope.scaling} | {key: value for key, value in known.items() if value is not None}
+            if "original_max_position_embeddings" in SCALINGS[rope.scaling]:
+                scaling["original_max_position_embeddings"] = int(original_context(config))
+        legacy = {} if rope.scaling == "none" else {"rope_scaling": scaling | {"type": scaling["rope_type"]}}
         return {
             "rope_theta": theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": theta, **partial},
+            "rope_parameters": {**scaling, "rope_theta": theta, **partial},
+            **legacy,
             **partial,
         }
 
@@ -372,6 +427,49 @@ class SharedCount:
 
     def write(self, config: ModelConfig) -> Theirs:
         return {self.theirs: config.shared_width // config.experts.d_ff}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A window of the text that layers see: all of them, or of every n the first n - 1, as ``layer_types`` says."""
+
+    alternate: bool = False
+    """whether a list of ``layer_types`` is written, and its absence means every second layer"""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return ("sliding_window", "layer_types") if self.alternate else ("sliding_window",)
+
+    def read(self, theirs: Theirs) -> Ours:
+        window = take(theirs, "sliding_window") if self.alternate else theirs.get("sliding_window")
+        if window is None:
+            return {}
+        found = {"attention.window": typed("sliding_window", window, int)}
+        if not self.alternate:
+            return found
+        layers = typed("num_hidden_layers", take(theirs, "num_hidden_layers"), int)
+        kinds = take(theirs, "layer_types", self._kinds(layers, 2))
+        whole = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+        every = whole[0] + 1 if whole else None
+        require(
+            kinds == self._kinds(layers, every),
+            "layer_types",
+            f"is {kinds}, and in our model every n-th layer has full attention, the others a window",
+        )
+        return found if every is None else found | {"attention.full_every": every}
+
+    def write(self, config: ModelConfig) -> Theirs:
+        attention = config.attention
+        if not self.alternate:
+            return {"sliding_window": attention.window}
+        kinds = self._kinds(config.n_layers, attention.full_every if attention.window is not None else 1)
+        # A window that no layer has must be a number all the same.
+        return {"sliding_window": attention.window or config.max_seq, "layer_types": kinds}
+
+    @staticmethod
+    def _kinds(layers: int, every: int | None) -> list[str]:
+        whole = [every is not None and (layer + 1) % every == 0 for layer in range(layers)]
+        return ["full_attention" if full else "sliding_attention" for full in whole]
 
 
 @dataclass(frozen=True)

@@ -241,27 +241,35 @@ REFUSED: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act is gelu, and the gate of our experts is silu"),
     "scaled rotation": (
         "llama",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-        "rope_parameters.rope_type is yarn, a scaling that our model has not",
+        {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}},
+        "rope_parameters.rope_type is longrope, a scaling that our model has not",
     ),
     "scaled rotation, as in transformers 4": (
         "llama",
-        {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-        "rope_scaling.rope_type is linear",
+        {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "rope_scaling.rope_type is dynamic",
     ),
-    "partial rotation": (
-        "glm4_moe",
-        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},
-        "partial_rotary_factor is 0.5, and our model rotates whole heads",
+    "scaled rotation of no context": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+        "rope_parameters.original_max_position_embeddings is not given, and yarn needs it",
     ),
-    "windows": ("mixtral", {"sliding_window": 4096}, "sliding_window is 4096, and our model has no windows"),
+    "a pattern of windows": (
+        "gpt_oss",
+        {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+        "layer_types is",
+    ),
+    "MXFP4": (
+        "gpt_oss",
+        {"quantization_config": {"quant_method": "mxfp4"}},
+        "quantization_config says that the weights are quantised",
+    ),
     "windows of Qwen": ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window is true"),
     "kinds of layers": (
         "qwen3",
         {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
         "layer_types has sliding_attention, and our model has full attention alone",
     ),
-    "clipping": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0, and our model clips no queries"),
     "width of a head": (
         "olmoe",
         {"head_dim": 16},

@@ -30,15 +30,20 @@ def test_every_element_has_one_place_and_every_tensor_of_theirs_one_source(case:
     source = Source.open(checkpoint_of(case))
     times = {name: torch.zeros(tensor.shape) for name, tensor in shapes(source.model).items()}
     theirs = []
+    joined: dict[str, torch.Tensor] = {}
 
     for piece in source.family.pieces(source.model):
         if piece.ours is not None:
             piece.view(times[piece.ours]).add_(1)
         if piece.theirs is not None:
             theirs.append(piece.theirs)
+            if piece.place is not None:
+                piece.place(joined.setdefault(piece.theirs, torch.zeros(piece.shape))).add_(1)
 
     assert all((count == 1).all() for count in times.values())
-    assert sorted(theirs) == sorted(load_file(source.folder / SINGLE))
+    assert sorted({*theirs}) == sorted(load_file(source.folder / SINGLE))
+    assert len(theirs) == len({*theirs}) or joined, "only what is in pieces comes more than once"
+    assert all((count == 1).all() for count in joined.values())
 
 
 def test_gate_and_value_are_the_halves_of_the_rows() -> None:

@@ -142,7 +142,11 @@ def test_the_base_of_the_rotation_in_both_spellings(theirs: dict[str, Any], thet
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differs between kinds of layers"),
         ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.rope_type: is dynamic"),
         ({"rope_theta": "big"}, "rope_theta: is 'big', and must be a number"),
-        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor: is 0.25"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "original_max_position_embeddings: is not given"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 1.0}},
+            "rope_scaling.mscale: is 1.0 and mscale_all_dim null",
+        ),
     ],
 )
 def test_a_rotation_that_our_model_has_not(theirs: dict[str, Any], message: str) -> None:
@@ -212,6 +216,9 @@ FOR_FAMILY = {
     "glm4_moe": GROUPED
     | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
     | NO_LAYERS_AHEAD,
+    "gpt_oss": GROUPED
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "llama": {},
     "qwen3": GROUPED,
 }
