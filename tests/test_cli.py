@@ -352,6 +352,7 @@ def test_help_names_the_commands(command: Command, arguments: list[str]) -> None
         "export",
         "evaluate",
         "plan",
+        "rehearse",
         "bench",
     ]
     assert [line.split()[0] for line in lines] == commands
