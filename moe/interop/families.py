@@ -7,9 +7,22 @@ implementation there. A default is what the absence of a key means in both. To a
 from dataclasses import replace
 from types import MappingProxyType
 
+from torch import Tensor
+
 from moe.config import ModelConfig
 from moe.interop.family import Families, Family
-from moe.interop.links import Link, Shape, every_second, gate_bias, gate_rows, transposed, value_bias, value_rows
+from moe.interop.links import (
+    Link,
+    Part,
+    Shape,
+    every_second,
+    gate_bias,
+    gate_rows,
+    transposed,
+    value_bias,
+    value_rows,
+    whole,
+)
 from moe.interop.settings import (
     Always,
     Choice,
@@ -304,6 +317,158 @@ GPT_OSS = Family(
     derived=DERIVED,
 )
 
+
+def _split(tensor: Tensor, dim: int, sizes: Shape) -> Tensor:
+    """A view with dimension ``dim`` as several."""
+    view: Tensor = tensor.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
+    return view
+
+
+def _queries_at(start: bool) -> Part:
+    """Of each head's rows of a query, those that do not turn, or those that do."""
+
+    def part(tensor: Tensor, config: ModelConfig) -> Tensor:
+        heads = _split(tensor, 0, (config.attention.n_heads, config.attention.query_dim))
+        still = config.attention.head_dim
+        return heads[:, :still] if start else heads[:, still:]
+
+    return part
+
+
+def _halves(part: Part) -> Part:
+    """Rows that turn in pairs i and i + r/2, one pair after the other."""
+    return lambda tensor, config: _split(part(tensor, config), -2, (2, -1)).transpose(-3, -2)
+
+
+def _pairs(part: Part) -> Part:
+    """Rows that turn in pairs of neighbours, one pair after the other."""
+    return lambda tensor, config: _split(part(tensor, config), -2, (-1, 2))
+
+
+def _keys_and_values(start: bool) -> Part:
+    """Of each head's rows of ``kv_b_proj``, its key or its value."""
+
+    def part(tensor: Tensor, config: ModelConfig) -> Tensor:
+        width = config.attention.head_dim
+        heads = _split(tensor, 0, (config.attention.n_heads, width + config.attention.value_dim))
+        return heads[:, :width] if start else heads[:, width:]
+
+    return part
+
+
+def _of_each_head(tensor: Tensor, config: ModelConfig) -> Tensor:
+    return _split(tensor, 0, (config.attention.n_heads, -1))
+
+
+def _rank(config: ModelConfig) -> int:
+    assert config.attention.latent.rank is not None
+    return config.attention.latent.rank
+
+
+def _latent_rows(tensor: Tensor, config: ModelConfig) -> Tensor:
+    return tensor[: _rank(config)]
+
+
+def _rotary_rows(tensor: Tensor, config: ModelConfig) -> Tensor:
+    return tensor[_rank(config) :]
+
+
+def _query_shape(config: ModelConfig) -> Shape:
+    attention = config.attention
+    return attention.n_heads * attention.query_dim, attention.latent.query_rank or config.d_model
+
+
+def _down_shape(config: ModelConfig) -> Shape:
+    return _rank(config) + config.attention.latent.rotary_dim, config.d_model
+
+
+def _up_shape(config: ModelConfig) -> Shape:
+    attention = config.attention
+    return attention.n_heads * (attention.head_dim + attention.value_dim), _rank(config)
+
+
+ATTENTION, OURS = f"{LAYER}.self_attn", f"{BLOCK}.attention"
+LATENT = (
+    Link(f"{ATTENTION}.q_a_proj.weight", f"{OURS}.query_down.weight"),
+    Link(f"{ATTENTION}.q_a_layernorm.weight", f"{OURS}.query_norm.weight"),
+    Link(
+        f"{ATTENTION}.q_b_proj.weight",
+        f"{OURS}.query.weight",
+        _queries_at(True),
+        place=_queries_at(True),
+        shape=_query_shape,
+    ),
+    Link(
+        f"{ATTENTION}.q_b_proj.weight",
+        f"{OURS}.query.weight",
+        _halves(_queries_at(False)),
+        place=_pairs(_queries_at(False)),
+        shape=_query_shape,
+    ),
+    Link(f"{ATTENTION}.kv_a_proj_with_mqa.weight", f"{OURS}.latent.weight", place=_latent_rows, shape=_down_shape),
+    Link(
+        f"{ATTENTION}.kv_a_proj_with_mqa.weight",
+        f"{OURS}.rotary_key.weight",
+        _halves(whole),
+        place=_pairs(_rotary_rows),
+        shape=_down_shape,
+    ),
+    Link(f"{ATTENTION}.kv_a_layernorm.weight", f"{OURS}.latent_norm.weight"),
+    Link(
+        f"{ATTENTION}.kv_b_proj.weight",
+        f"{OURS}.key.weight",
+        _of_each_head,
+        place=_keys_and_values(True),
+        shape=_up_shape,
+    ),
+    Link(
+        f"{ATTENTION}.kv_b_proj.weight",
+        f"{OURS}.value.weight",
+        _of_each_head,
+        place=_keys_and_values(False),
+        shape=_up_shape,
+    ),
+    Link(f"{ATTENTION}.o_proj.weight", f"{OURS}.output.weight"),
+)
+"""latent attention: matrices there that hold several of ours, and pairs of neighbours that turn where halves do here"""
+
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    settings=(
+        *SHAPE,
+        Only("rms_norm_eps", 1e-6, absent=1e-6, reason="and the norms of latent vectors have 1e-06 there"),
+        Only("attention_bias", False, absent=False, reason="and our table has no biases of latent attention"),
+        Only("rope_interleave", True, absent=True, reason="and our table is of pairs of neighbours"),
+        Key("num_key_value_heads", "attention.n_heads"),
+        Key("qk_nope_head_dim", "attention.head_dim"),
+        Key("kv_lora_rank", "attention.latent.rank"),
+        Key("q_lora_rank", "attention.latent.query_rank"),
+        Key("qk_rope_head_dim", "attention.latent.rotary_dim", also=("head_dim",)),
+        Key("v_head_dim", "attention.latent.value_dim", resolved="attention.value_dim"),
+        Rotary(10_000.0, scales_softmax=True),
+        LeadingDense(default=3),
+        Key("n_routed_experts", "experts.n_experts", also=("num_local_experts",)),
+        ROUTED_WIDTH,
+        SharedCount(),
+        TOP_K,
+        Key("norm_topk_prob", "router.normalise", bool, default=True),
+        Key("routed_scaling_factor", "router.scale", float, default=2.5),
+        Groups(),
+        Always({"router.score": "sigmoid", "router.selection_bias": "sign"}),
+    ),
+    tensors=(
+        *(link for link in TRUNK if "self_attn" not in str(link.theirs)),
+        *LATENT,
+        *DENSE_MLP,
+        *EXPERTS,
+        Link(f"{MLP}.gate.e_score_correction_bias", f"{FEED_FORWARD}.router.selection_bias", zeros=_per_expert),
+        *_shared("shared_experts"),
+    ),
+    tied_copy=HEAD_COPY,
+    derived=DERIVED,
+)
+
 # --------------------------------------------------------------------------------------------------------- dense models
 
 LLAMA = Family(
@@ -342,7 +507,10 @@ QWEN3 = Family(
 )
 
 FAMILIES: Families = MappingProxyType(
-    {family.name: family for family in (MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, GLM4_MOE, GPT_OSS, LLAMA, QWEN3)}
+    {
+        family.name: family
+        for family in (MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, GLM4_MOE, GPT_OSS, DEEPSEEK_V3, LLAMA, QWEN3)
+    }
 )
 """by the ``model_type`` of a config.json; a run is exported as the first that can represent it"""
 

@@ -73,9 +73,9 @@ def test_what_is_written_is_read_as_what_it_was(name: str, data: some.DataObject
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_has_the_names(name: str) -> None:
     """Each that is written is an attribute of its configuration there, or one of transformers 4."""
-    config = presets.build(
-        ModelConfig, {"vocab_size": 320, "attention.head_dim": 48, "attention.n_heads": 4, "router.preset": None}
-    )
+    latent = {"attention.latent.rank": 16, "attention.latent.query_rank": 8} if name == "deepseek_v3" else {}
+    shape = {"vocab_size": 320, "attention.head_dim": 48, "attention.n_heads": 4, "router.preset": None}
+    config = presets.build(ModelConfig, shape | latent)
     written = FAMILIES[name].settings_of(config)
 
     theirs = AutoConfig.for_model(name, **written)
@@ -216,6 +216,21 @@ FOR_FAMILY = {
     "glm4_moe": GROUPED
     | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
     | NO_LAYERS_AHEAD,
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 32,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 1,
+        "rms_norm_eps": 1e-6,
+    },
     "gpt_oss": GROUPED
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
