@@ -185,7 +185,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print("python -m moe COMMAND [--help]\n")
-            print(*(f"  {name:14}{meaning}" for name, (_, meaning) in COMMANDS.items()), sep="\n")
+            print(*(f"  {name:16}{meaning}" for name, (_, meaning) in COMMANDS.items()), sep="\n")
             return 0
         if arguments[0] not in COMMANDS:
             raise UserError(f"{arguments[0]} is no command; there are: {', '.join(COMMANDS)}")

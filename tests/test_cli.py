@@ -348,6 +348,7 @@ def test_help_names_the_commands(command: Command, arguments: list[str]) -> None
         "check-router",
         "presets",
         "study",
+        "nondeterminism",
         "import",
         "export",
         "evaluate",
