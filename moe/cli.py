@@ -97,6 +97,13 @@ def study_command(arguments: Sequence[str]) -> int:
     return study(arguments)
 
 
+def nondeterminism_command(arguments: Sequence[str]) -> int:
+    """``python -m moe nondeterminism RUN`` (:mod:`moe.study.nondeterminism_command`)."""
+    from moe.study.nondeterminism_command import nondeterminism_command as nondeterminism
+
+    return nondeterminism(arguments)
+
+
 def presets_command(arguments: Sequence[str]) -> int:
     """``python -m moe presets``: every preset, where it comes from and what it does."""
     line = config_file.parse_flags(arguments, PRESETS_FLAGS)
@@ -171,6 +178,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check-router": (check_router_command, "does a router see later tokens, or other sequences?"),
     "presets": (presets_command, "the published routers that a name stands for"),
     "study": (study_command, "where do tokens go, and why? a page, numbers and findings"),
+    "nondeterminism": (nondeterminism_command, "do strangers in the batch change an answer at temperature 0?"),
     "import": (import_command, "a checkpoint of transformers as a run folder, its MLPs made into experts if you like"),
     "export": (export_command, "a run as a folder for transformers, or as a file for llama.cpp"),
     "evaluate": (evaluate_command, "how good is it? held-out text with intervals; a score card of tasks"),
