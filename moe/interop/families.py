@@ -18,6 +18,7 @@ from moe.interop.links import (
     every_second,
     gate_bias,
     gate_rows,
+    third,
     transposed,
     value_bias,
     value_rows,
@@ -506,10 +507,93 @@ QWEN3 = Family(
     derived=DERIVED,
 )
 
+
+def _three_projections(config: ModelConfig) -> Shape:
+    return config.d_model, 3 * config.attention.n_heads * config.attention.head_dim
+
+
+def _three_biases(config: ModelConfig) -> Shape:
+    return (3 * config.attention.n_heads * config.attention.head_dim,)
+
+
+GPT2_LAYER = "transformer.h.{layer}"
+GPT2 = Family(
+    name="gpt2",
+    architecture="GPT2LMHeadModel",
+    settings=(
+        Key("vocab_size", "vocab_size"),
+        Key("n_embd", "d_model"),
+        Key("n_layer", "n_layers"),
+        Key("n_positions", "max_seq"),
+        Key("n_head", "attention.n_heads"),
+        Key("layer_norm_epsilon", "norm_eps", float, default=1e-5),
+        Key("tie_word_embeddings", "tie_embeddings", bool, default=True),
+        HeadWidth(written=False, width="n_embd", heads="n_head"),
+        Choice(
+            "activation_function",
+            "feed_forward.activation",
+            {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"},
+            default="gelu_new",
+        ),
+        DenseModel("n_inner", four_times="n_embd"),
+        Only("scale_attn_weights", True, absent=True),
+        Only("scale_attn_by_inverse_layer_idx", False, absent=False),
+        Only("reorder_and_upcast_attn", False, absent=False),
+        Only("add_cross_attention", False, absent=False),
+        Always(
+            {
+                "norm": "layernorm",
+                "positions": "learned",
+                "attention.bias": True,
+                "feed_forward.bias": True,
+                "router.preset": None,
+            }
+        ),
+    ),
+    tensors=(
+        Link("transformer.wte.weight", "embedding.weight"),
+        Link("transformer.wpe.weight", "position_embedding.weight"),
+        Link(f"{GPT2_LAYER}.ln_1.weight", f"{BLOCK}.attention_norm.weight"),
+        Link(f"{GPT2_LAYER}.ln_1.bias", f"{BLOCK}.attention_norm.bias"),
+        *(
+            link
+            for number, ours in enumerate(("query", "key", "value"))
+            for link in (
+                Link(
+                    f"{GPT2_LAYER}.attn.c_attn.weight",
+                    f"{BLOCK}.attention.{ours}.weight",
+                    transposed(),
+                    place=third(number),
+                    shape=_three_projections,
+                ),
+                Link(
+                    f"{GPT2_LAYER}.attn.c_attn.bias",
+                    f"{BLOCK}.attention.{ours}.bias",
+                    place=third(number),
+                    shape=_three_biases,
+                ),
+            )
+        ),
+        Link(f"{GPT2_LAYER}.attn.c_proj.weight", f"{BLOCK}.attention.output.weight", transposed()),
+        Link(f"{GPT2_LAYER}.attn.c_proj.bias", f"{BLOCK}.attention.output.bias"),
+        Link(f"{GPT2_LAYER}.ln_2.weight", f"{BLOCK}.feed_forward_norm.weight"),
+        Link(f"{GPT2_LAYER}.ln_2.bias", f"{BLOCK}.feed_forward_norm.bias"),
+        Link(f"{GPT2_LAYER}.mlp.c_fc.weight", f"{FEED_FORWARD}.w_in.weight", transposed()),
+        Link(f"{GPT2_LAYER}.mlp.c_fc.bias", f"{FEED_FORWARD}.w_in.bias"),
+        Link(f"{GPT2_LAYER}.mlp.c_proj.weight", f"{FEED_FORWARD}.w_out.weight", transposed()),
+        Link(f"{GPT2_LAYER}.mlp.c_proj.bias", f"{FEED_FORWARD}.w_out.bias"),
+        Link("transformer.ln_f.weight", "norm.weight"),
+        Link("transformer.ln_f.bias", "norm.bias"),
+        Link("lm_head.weight", "head.weight"),
+    ),
+    tied_copy=HEAD_COPY,
+    derived=(f"{GPT2_LAYER}.attn.bias", f"{GPT2_LAYER}.attn.masked_bias"),
+)
+
 FAMILIES: Families = MappingProxyType(
     {
         family.name: family
-        for family in (MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, GLM4_MOE, GPT_OSS, DEEPSEEK_V3, LLAMA, QWEN3)
+        for family in (MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, GLM4_MOE, GPT_OSS, DEEPSEEK_V3, LLAMA, QWEN3, GPT2)
     }
 )
 """by the ``model_type`` of a config.json; a run is exported as the first that can represent it"""
@@ -520,17 +604,27 @@ HARMLESS = frozenset(
         "_name_or_path",
         "architectures",
         "attention_dropout",
+        "attn_pdrop",
         "bos_token_id",
         "dtype",
+        "embd_pdrop",
         "eos_token_id",
         "initializer_range",
         "keys_to_ignore_at_inference",
         "model_type",
+        "n_ctx",
         "output_router_logits",
         "pad_token_id",
         "pretraining_tp",
+        "resid_pdrop",
         "router_aux_loss_coef",
         "router_jitter_noise",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "task_specific_params",
         "torch_dtype",
         "transformers_version",
         "use_cache",

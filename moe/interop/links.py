@@ -54,6 +54,11 @@ def transposed(part: Part = whole) -> Part:
     return lambda tensor, config: part(tensor, config).transpose(-1, -2)
 
 
+def third(number: int) -> Part:
+    """One of three equal pieces of theirs, side by side in its last dimension."""
+    return lambda tensor, config: tensor.chunk(3, dim=-1)[number]
+
+
 def every_second(first: int) -> Part:
     """Columns ``first``, ``first`` + 2, ... of theirs: gate and value alternate."""
     return lambda tensor, config: tensor[..., first::2]

@@ -278,16 +278,22 @@ class DenseModel:
     """A model without mixtures, which ours is as a dense twin: one expert's width is that of every layer."""
 
     theirs: str = "intermediate_size"
+    four_times: str | None = None
+    """the setting of theirs whose fourfold is meant where that is null"""
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.theirs,)
 
     def read(self, theirs: Theirs) -> Ours:
+        if self.four_times is not None and theirs.get(self.theirs) is None:
+            width = 4 * int(typed(self.four_times, take(theirs, self.four_times), int))
+        else:
+            width = typed(self.theirs, take(theirs, self.theirs), int)
         return {
             "dense_twin": True,
             "experts.n_experts": 1,
-            "experts.d_ff": typed(self.theirs, take(theirs, self.theirs), int),
+            "experts.d_ff": width,
             "router.top_k": 1,
             "router.normalise": False,
             "balance.load_balance": 0.0,

@@ -32,6 +32,8 @@ TRUNK: Mapping[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": LONGEST,
 }
+LEFT_OUT = object()
+"""a setting that the others have and this one has not"""
 MIXTURE: Mapping[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -42,11 +44,13 @@ class Case(NamedTuple):
     settings: Mapping[str, Any]
 
     def config(self, **changes: Any) -> Any:
-        return getattr(transformers, f"{self.called}Config")(**{**TRUNK, **self.settings, **changes})
+        settings = {**TRUNK, **self.settings, **changes}
+        given = {key: value for key, value in settings.items() if value is not LEFT_OUT}
+        return getattr(transformers, f"{self.called}Config")(**given)
 
     def model(self, **changes: Any) -> Any:
         """The model with weights that make its logits differ by about 1, every one of them drawn."""
-        model = getattr(transformers, f"{self.called}ForCausalLM")(self.config(**changes)).eval()
+        model = transformers.AutoModelForCausalLM.from_config(self.config(**changes)).eval()
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
@@ -189,6 +193,8 @@ CASES = {
     "llama": Case("Llama", {"intermediate_size": 32, "attention_bias": True, "mlp_bias": True}),
     "llama_tied": Case("Llama", {"intermediate_size": 48, "head_dim": 16, "tie_word_embeddings": True}),
     "qwen3": Case("Qwen3", {"intermediate_size": 32, "head_dim": 16}),
+    "gpt2": Case("GPT2", {"num_key_value_heads": LEFT_OUT}),
+    "gpt2_untied": Case("GPT2", {"num_key_value_heads": LEFT_OUT, "n_inner": 32, "tie_word_embeddings": False}),
 }
 
 
