@@ -63,7 +63,7 @@ def llama3_share(frequencies: Float[Tensor, " n"], config: ModelConfig) -> Float
 
 def original_context(config: ModelConfig) -> float:
     """Tokens of the context before scaling, with the default resolved."""
-    return config.attention.rope.original_max_seq or config.max_seq / config.attention.rope.factor
+    return float(config.attention.rope.original_max_seq or config.max_seq / config.attention.rope.factor)
 
 
 def rotation_factor(rope: RopeConfig) -> float:

@@ -35,7 +35,7 @@ def test_a_quarter_turn_on_paper() -> None:
     assert (cos.item(), sin.item()) == pytest.approx((-0.9899925, 0.1411200))
 
     quarter = (torch.tensor([[0.0]]), torch.tensor([[1.0]]))
-    assert rotate(torch.tensor([[1.0, 0.0]]), quarter).tolist() == [[0.0, 1.0]]
+    assert rotate(torch.tensor([[[[1.0, 0.0]]]]), quarter).tolist() == [[[[0.0, 1.0]]]]
 
 
 def test_frequencies_fall_from_one_to_almost_one_over_theta() -> None:

@@ -566,7 +566,7 @@ def test_the_loss_falls(begin: Begin) -> None:
 
 
 def biases(training: Training) -> list[Tensor]:
-    return [router.selection_bias.clone() for routers in training.step_on.routers for router in routers]
+    return [router.selection_bias.clone() for router in training.step_on.routers]
 
 
 def test_a_step_moves_every_bias_by_the_sign_of_its_layers_error(begin: Begin) -> None:
@@ -646,9 +646,8 @@ def test_a_quantile_evens_out_a_skewed_load(begin: Begin) -> None:
             name, router | {"model.router.bias": True, "training.steps": 40, "training.optimizer.lr": 1e-6}
         )
         with torch.no_grad():
-            for routers in training.step_on.routers:
-                for own in routers:
-                    own.bias[0] += 3.0
+            for own in training.step_on.routers:
+                own.bias[0] += 3.0
         loads = []
         for _ in range(40):
             loads += [summary.max_over_fair for summary in training.take_step().load]
