@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, library
 
 LONGEST = 512
 """tokens of a sequence beyond which SDPA is faster: it skips what lies beyond the diagonal, which is masked here"""
@@ -104,8 +104,8 @@ class _ShortAttention(torch.autograd.Function):
         return _backward(grad.contiguous(), *ctx.saved_tensors)
 
 
-_operator = torch.library.custom_op("moe::short_attention", _forward, mutates_args=())
-_backward_operator = torch.library.custom_op("moe::short_attention_backward", _backward, mutates_args=())
+_operator = library.custom_op("moe::short_attention", _forward, mutates_args=())
+_backward_operator = library.custom_op("moe::short_attention_backward", _backward, mutates_args=())
 _operator.register_autograd(
     lambda ctx, grad, _: _backward_operator(grad.contiguous(), *ctx.saved_tensors), setup_context=_remember
 )

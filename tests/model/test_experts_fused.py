@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -484,13 +484,11 @@ def test_both_operators_are_what_torch_expects_of_one(kernel_device: str) -> Non
     w_in, w_out = case.weights.w_in, case.weights.w_out
     combine = case.routing.weights
 
-    torch.library.opcheck(
-        torch.ops.moe.fused_experts.default, (case.x, combine, w_in, w_out, *order, "swiglu", case.x.dtype)
-    )
+    library.opcheck(torch.ops.moe.fused_experts.default, (case.x, combine, w_in, w_out, *order, "swiglu", case.x.dtype))
     with torch.no_grad():
         hidden = torch.randn(18, 16, device=kernel_device).to(case.x.dtype)
         tensors = [tensor.detach() for tensor in (grad_of_output(case), case.x, hidden, combine, w_in, w_out)]
-        torch.library.opcheck(torch.ops.moe.fused_experts_backward.default, (*tensors, *order, "swiglu"))
+        library.opcheck(torch.ops.moe.fused_experts_backward.default, (*tensors, *order, "swiglu"))
 
 
 @pytest.fixture

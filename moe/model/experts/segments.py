@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, library
 
 from moe.config import Activation
 from moe.model.experts import row_passes
@@ -305,8 +305,8 @@ def _backward(
     return grad_x.to(x_dtype), grad_combine, grad_w_in, grad_w_out, grad_b_in, grad_b_out
 
 
-_operator = torch.library.custom_op("moe::segment_experts", _forward, mutates_args=())
-_backward_operator = torch.library.custom_op("moe::segment_experts_backward", _backward, mutates_args=())
+_operator = library.custom_op("moe::segment_experts", _forward, mutates_args=())
+_backward_operator = library.custom_op("moe::segment_experts_backward", _backward, mutates_args=())
 
 
 @_operator.register_fake

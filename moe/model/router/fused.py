@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, library
 
 from moe.config import RouterConfig
 from moe.model.routing import Tally
@@ -88,7 +88,7 @@ def route(
 # ------------------------------------------------------------------------------------- the operators for torch.compile
 
 
-@torch.library.custom_op("moe::route", mutates_args=())
+@library.custom_op("moe::route", mutates_args=())
 def _route(
     logits: Tensor,
     selection_bias: Tensor | None,
@@ -161,7 +161,7 @@ def _(
     )
 
 
-@torch.library.custom_op("moe::route_backward", mutates_args=())
+@library.custom_op("moe::route_backward", mutates_args=())
 def _route_backward(
     grad_scores: Tensor | None,
     grad_weights: Tensor | None,

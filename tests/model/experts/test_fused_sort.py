@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
 from moe.model.experts.fused.sort import (
     SortedAssignments,
@@ -153,7 +153,7 @@ def test_both_are_one_operator_each_to_torch_compile() -> None:
     for n_tokens in (40, 57):
         selected, executed = draw(n_tokens, 2, 6)
         assert_same(compiled(selected, executed), sort_and_cut(selected, executed))
-        torch.library.opcheck(torch.ops.moe.sort_assignments.default, (selected, executed, 6))
+        library.opcheck(torch.ops.moe.sort_assignments.default, (selected, executed, 6))
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from moe.config import Activation, ExpertsConfig, FeedForwardConfig
 from moe.model.experts import Experts, row_passes, segments
@@ -139,7 +139,7 @@ def test_the_operators_are_what_torch_expects_of_one(monkeypatch: pytest.MonkeyP
     routing, experts = routing_of("normal"), experts_of("gelu", True, "segments")
     x = torch.randn(45, 12, requires_grad=True)
 
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.moe.segment_experts.default,
         (x, routing.weights, experts.w_in, experts.w_out, experts.b_in, experts.b_out, routing.selected, None, "gelu"),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),

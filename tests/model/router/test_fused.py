@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from moe.config import CapacityConfig, RouterConfig
 from moe.model.balance import load_balancing_loss
@@ -312,7 +312,7 @@ def test_the_operator_is_whole_to_torch_compile(kernel_device: str) -> None:
         assert torch.equal(loss, expected)
         assert torch.equal(*(torch.autograd.grad(value, leaf)[0] for value in (loss, expected)))
     arguments = (leaf, bias.to(kernel_device), mask, "sigmoid", False, 2, True, 1.0, 1, 1, True, 0, 0)
-    torch.library.opcheck(torch.ops.moe.route.default, arguments)
+    library.opcheck(torch.ops.moe.route.default, arguments)
 
 
 @pytest.mark.parametrize(

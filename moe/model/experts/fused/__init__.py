@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, library
 
 from moe.config import Activation
 from moe.model.experts.fused.sort import SortedAssignments, sort_assignments
@@ -78,7 +78,7 @@ def _why_no_triton() -> str | None:
     return None
 
 
-@torch.library.custom_op("moe::fused_experts", mutates_args=())
+@library.custom_op("moe::fused_experts", mutates_args=())
 def _forward(
     x: Tensor,
     combine_weights: Tensor,
@@ -117,7 +117,7 @@ def _(
     return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(combine_weights.numel(), w_in.shape[1])
 
 
-@torch.library.custom_op("moe::fused_experts_backward", mutates_args=())
+@library.custom_op("moe::fused_experts_backward", mutates_args=())
 def _backward(
     grad_y: Tensor,
     x: Tensor,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, library
 
 STEP, BLOCK = 128, 1024
 """assignments that the sort ranks at a time, by comparing each with each, and that one program ranks of many"""
@@ -193,7 +193,7 @@ def _power_of_two(n: int) -> int:
 # --------------------------------------------------------------------------------- one operator each for torch.compile
 
 
-@torch.library.custom_op("moe::sort_assignments", mutates_args=())
+@library.custom_op("moe::sort_assignments", mutates_args=())
 def _sort_assignments(selected: Tensor, executed: Tensor | None, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     sort = sort_in_triton if selected.is_cuda else sort_in_torch
     return sort(selected, executed, n_experts)
@@ -205,7 +205,7 @@ def _(selected: Tensor, executed: Tensor | None, n_experts: int) -> tuple[Tensor
     return rows, torch.empty_like(rows), selected.new_empty(n_experts, dtype=torch.int32)
 
 
-@torch.library.custom_op("moe::tile_schedule", mutates_args=())
+@library.custom_op("moe::tile_schedule", mutates_args=())
 def _tile_schedule(ends: Tensor, block_m: int, n_tiles_max: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     schedule = schedule_in_triton if ends.is_cuda else schedule_in_torch
     return schedule(ends, block_m, n_tiles_max)
