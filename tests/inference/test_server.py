@@ -42,7 +42,8 @@ def serving(service: Service, limits: Limits | None = None) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(build_app(service, "toy", limits), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
+    while not server.started:  # which it tells nobody
+        assert thread.is_alive(), "the server ended before it began"
         time.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"

@@ -125,17 +125,11 @@ class _SegmentExperts(torch.autograd.Function):
     ) -> Tensor:
         rows = _with_zero_row(x)[segments.token_of_row]
         hidden = rows.new_empty(rows.shape[0], w_in.shape[1])
-        for expert, (start, end) in enumerate(segments.spans):
-            torch.mm(rows[start:end], w_in[expert].t(), out=hidden[start:end])
-            if b_in is not None:
-                hidden[start:end] += b_in[expert]
+        _multiply(rows, w_in, b_in, segments.spans, out=hidden)
         inner = activate(hidden, activation)
         output = rows.new_empty(rows.shape[0] + 1, x.shape[1])
         output[-1] = 0
-        for expert, (start, end) in enumerate(segments.spans):
-            torch.mm(inner[start:end], w_out[expert].t(), out=output[start:end])
-            if b_out is not None:
-                output[start:end] += b_out[expert]
+        _multiply(inner, w_out, b_out, segments.spans, out=output)
         ctx.save_for_backward(rows, hidden, combine_weights, w_in, w_out, b_in, b_out)
         ctx.activation, ctx.segments = activation, segments
         return _weighted_sum(output, segments.row_of_assignment, combine_weights)
@@ -166,15 +160,45 @@ class _SegmentExperts(torch.autograd.Function):
         grad_output *= weight_of_row.to(grad_output.dtype)
         grad_rows = rows.new_empty(n_rows + 1, rows.shape[1])
         grad_rows[-1] = 0
-        grad_w_in, grad_w_out = torch.empty_like(w_in), torch.empty_like(w_out)
+        grad_w_in, grad_w_out = _weight_gradients(w_in, w_out, segments.spans, rows, inner, grad_hidden, grad_output)
         for expert, (start, end) in enumerate(segments.spans):
-            torch.mm(grad_output[start:end].t(), inner[start:end], out=grad_w_out[expert])
-            torch.mm(grad_hidden[start:end].t(), rows[start:end], out=grad_w_in[expert])
             torch.mm(grad_hidden[start:end], w_in[expert], out=grad_rows[start:end])
         grad_x = _weighted_sum(grad_rows, row_of_assignment, None)
         grad_b_in = None if b_in is None else _segment_sums(grad_hidden, segments)
         grad_b_out = None if b_out is None else _segment_sums(grad_output, segments)
         return grad_x, grad_combine, grad_w_in, grad_w_out, grad_b_in, grad_b_out, None, None
+
+
+def _multiply(
+    rows: Float[Tensor, "R n"],
+    weights: Float[Tensor, "E m n"],
+    biases: Float[Tensor, "E m"] | None,
+    spans: list[tuple[int, int]],
+    *,
+    out: Float[Tensor, "S m"],
+) -> None:
+    """W x + b of each row by its segment's expert, into the same row of ``out``."""
+    for expert, (start, end) in enumerate(spans):
+        torch.mm(rows[start:end], weights[expert].t(), out=out[start:end])
+        if biases is not None:
+            out[start:end] += biases[expert]
+
+
+def _weight_gradients(
+    w_in: Float[Tensor, "E H D"],
+    w_out: Float[Tensor, "E D F"],
+    spans: list[tuple[int, int]],
+    rows: Float[Tensor, "R D"],
+    inner: Float[Tensor, "R F"],
+    grad_hidden: Float[Tensor, "R H"],
+    grad_output: Float[Tensor, "R D"],
+) -> tuple[Float[Tensor, "E H D"], Float[Tensor, "E D F"]]:
+    """Of both matrices, each written once into the place of its expert."""
+    grad_w_in, grad_w_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    for expert, (start, end) in enumerate(spans):
+        torch.mm(grad_hidden[start:end].t(), rows[start:end], out=grad_w_in[expert])
+        torch.mm(grad_output[start:end].t(), inner[start:end], out=grad_w_out[expert])
+    return grad_w_in, grad_w_out
 
 
 def _with_zero_row(x: Float[Tensor, "T D"]) -> Float[Tensor, "T+1 D"]:
@@ -240,17 +264,11 @@ def _forward(
     segments = lay_out(selected, executed, n_experts, n_rows)
     rows = compiled(row_passes.gather)(x, segments.token_of_row, w_in.dtype)
     hidden = rows.new_empty(n_rows, w_in.shape[1])
-    for expert, (start, end) in enumerate(segments.spans):
-        torch.mm(rows[start:end], w_in[expert].t(), out=hidden[start:end])
-        if b_in is not None:
-            hidden[start:end] += b_in[expert]
+    _multiply(rows, w_in, b_in, segments.spans, out=hidden)
     hidden[segments.spans[-1][1] :] = 0  # rows of nobody are never read, but what an operator returns is defined
     inner = compiled(row_passes.activation)(hidden, activation)
     output = torch.empty_like(rows)
-    for expert, (start, end) in enumerate(segments.spans):
-        torch.mm(inner[start:end], w_out[expert].t(), out=output[start:end])
-        if b_out is not None:
-            output[start:end] += b_out[expert]
+    _multiply(inner, w_out, b_out, segments.spans, out=output)
     y = compiled(row_passes.sum_choices)(output, segments.row_of_assignment, combine_weights)
     ends = torch.tensor([end for _, end in segments.spans])
     return y, rows, hidden, segments.token_of_row, segments.row_of_assignment, ends
@@ -292,10 +310,8 @@ def _backward(
 
     weighted = compiled(row_passes.weigh)(grad_output, weight_of_row)
     grad_rows = torch.empty_like(rows)
-    grad_w_in, grad_w_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    grad_w_in, grad_w_out = _weight_gradients(w_in, w_out, spans, rows, inner, grad_hidden, weighted)
     for expert, (start, end) in enumerate(spans):
-        torch.mm(weighted[start:end].t(), inner[start:end], out=grad_w_out[expert])
-        torch.mm(grad_hidden[start:end].t(), rows[start:end], out=grad_w_in[expert])
         torch.mm(grad_hidden[start:end], w_in[expert], out=grad_rows[start:end])
     grad_x = compiled(row_passes.sum_choices)(grad_rows, row_of_assignment, None)
     none = rows.new_empty(0)
