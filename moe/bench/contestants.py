@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
-from moe.bench import layers, models
+from moe.bench import layers, models, sonic
 from moe.config import Checkpointing, ExpertBackend
 
 Bench = Literal["layer", "step", "decode"]
@@ -75,7 +75,7 @@ class Contestant:
     bound: bool = False
     """whether it is what shares are taken of"""
     warm: Callable[[], AbstractContextManager[None]] | None = None
-    """a context in which its kernels may be compiled while others are at work, because nothing is tuned by timing"""
+    """a context in which its kernels may be compiled while others compile, because nothing is tuned by timing"""
 
 
 ON_ANY_DEVICE = ("grouped_mm", "batched_mm", "eager")
@@ -130,7 +130,7 @@ def layer_contestants() -> list[Contestant]:
         ),
         Contestant("mixture-of-experts", layers.mixture_of_experts, MIXTURE_OF_EXPERTS, devices=("cpu",), drops=True),
         Contestant("st-moe-pytorch", layers.st_moe, ST_MOE, devices=("cpu",), drops=True),
-        Contestant("sonic-moe", layers.sonic_experts, SONIC, devices=("cuda",), warm=layers.untuned_quack),
+        Contestant("sonic-moe", sonic.sonic_experts, SONIC, devices=("cuda",), warm=sonic.untuned),
     ]
 
 

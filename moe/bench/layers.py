@@ -1,9 +1,7 @@
 """One layer of experts in each implementation, given the routing and the same weights; and the dense bound."""
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +53,8 @@ def draw_weights(shape: LayerShape, device: torch.device, dtype: torch.dtype) ->
     )
 
 
-def _leaf(tensor: Tensor) -> Tensor:
+def leaf(tensor: Tensor) -> Tensor:
+    """The same numbers as a contiguous parameter."""
     return tensor.detach().contiguous().requires_grad_()
 
 
@@ -86,7 +85,7 @@ def ours(shape: LayerShape, weights: Weights, *, backend: ExpertBackend, compile
 
 def plain_loop(shape: LayerShape, weights: Weights) -> Layer:
     """What one writes first: sort the assignments, run each expert on its rows, add up."""
-    w_in, w_out = _leaf(weights.w_in), _leaf(weights.w_out)
+    w_in, w_out = leaf(weights.w_in), leaf(weights.w_out)
 
     def forward(x: Tensor, selected: Tensor, combine: Tensor) -> Tensor:
         order = selected.flatten().argsort(stable=True)
@@ -191,84 +190,12 @@ def torchtitan_experts(shape: LayerShape, weights: Weights, *, compiled: bool = 
     )
 
 
-def sonic_experts(shape: LayerShape, weights: Weights) -> Layer:
-    """SonicMoE's two autograd functions and its sorting kernel: its layer from the point where tokens have experts.
-
-    Its w1 has the rows of gate and value in turn. Tuned configurations are kept for the next run in its own cache.
-    """
-    _set_up_quack()
-    from sonicmoe.enums import ActivationType
-    from sonicmoe.functional import TC_topk_router_metadata_triton, _DownProjection, _UpProjection
-
-    _require_bf16(weights, "SonicMoE")
-    device, n_experts, top_k = weights.w_in.device, shape.n_experts, shape.top_k
-    halves = weights.w_in.view(n_experts, 2, shape.d_ff, shape.d_model)
-    in_turn = halves.transpose(1, 2).flatten(1, 2)
-    w1, w2 = _leaf(in_turn), _leaf(weights.w_out)
-
-    def empty(*size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int32, device=device)
-
-    def forward(x: Tensor, selected: Tensor, combine: Tensor) -> Tensor:
-        rows = selected.numel()
-        frequency, offsets = empty(n_experts), empty(n_experts + 1)
-        gathered, scattered, gathered_back = empty(rows), empty(rows), empty(rows)
-        TC_topk_router_metadata_triton(
-            selected.int(), n_experts, frequency, offsets, gathered, scattered, gathered_back
-        )
-        order = (gathered, scattered, gathered_back)
-        inner, hidden = _UpProjection.apply(
-            *(x, w1.permute(1, 2, 0), None, offsets, rows, top_k, *order, None, False),
-            *(ActivationType.SWIGLU, False, False),
-        )
-        y: Tensor = _DownProjection.apply(
-            *(inner, hidden, w2.permute(1, 2, 0), None, combine, offsets, x.shape[0], top_k, *order, None, False),
-            ActivationType.SWIGLU,
-        )
-        return y
-
-    def ours(gradients: Sequence[Tensor]) -> Weights:
-        pairs = gradients[0].view(n_experts, shape.d_ff, 2, shape.d_model)
-        return Weights(pairs.transpose(1, 2).flatten(1, 2), gradients[1])
-
-    return Layer(forward, [w1, w2], ours)
-
-
-def _set_up_quack() -> None:
-    """Before it is imported: keep what it tunes on disk, and compile on as many cores as there are."""
-    os.environ.setdefault("QUACK_CACHE_AUTOTUNING", "1")
-    os.environ.setdefault("QUACK_COMPILE_WORKERS", str(min(16, os.cpu_count() or 1)))
-
-
-@contextmanager
-def untuned_quack() -> Iterator[None]:
-    """Let QuACK, whose products SonicMoE calls, compile all its configurations without timing any.
-
-    What it then takes for the best is forgotten at the end, so that the next call tunes, on compiled kernels.
-    """
-    _set_up_quack()
-    from quack.gemm_interface import gemm_dgated_tuned, gemm_gated_tuned, gemm_tuned
-
-    tuners: list[Any] = [gemm_tuned, gemm_gated_tuned, gemm_dgated_tuned]
-    kept = [tuner.cache_results for tuner in tuners]
-    for tuner in tuners:
-        tuner.cache_results = False
-        tuner.do_bench = lambda call, quantiles: [1.0 for _ in quantiles]
-    try:
-        yield
-    finally:
-        for tuner, results in zip(tuners, kept, strict=True):
-            tuner.cache_results = results
-            tuner.cache.clear()
-            del tuner.do_bench
-
-
 def liger_experts(shape: LayerShape, weights: Weights) -> Layer:
     """Liger-Kernel's fused mixture of experts."""
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
     del shape
-    w_in, w_out = _leaf(weights.w_in), _leaf(weights.w_out)
+    w_in, w_out = leaf(weights.w_in), leaf(weights.w_out)
 
     def forward(x: Tensor, selected: Tensor, combine: Tensor) -> Tensor:
         y: Tensor = LigerFusedMoEFunction.apply(x, w_in, w_out, selected.int(), combine)
@@ -281,8 +208,8 @@ def moe_ops_experts(shape: LayerShape, weights: Weights) -> Layer:
     """moe-ops' primitives put together as its readme does, with SwiGLU in torch."""
     from moe_ops import grouped_gemm, permute, unpermute
 
-    _require_bf16(weights, "moe-ops")
-    w_in, w_out = _leaf(weights.w_in), _leaf(weights.w_out)
+    require_bf16(weights, "moe-ops")
+    w_in, w_out = leaf(weights.w_in), leaf(weights.w_out)
 
     def forward(x: Tensor, selected: Tensor, combine: Tensor) -> Tensor:
         rows, row_of, offsets = permute(x, selected.int(), E=shape.n_experts)
@@ -294,7 +221,8 @@ def moe_ops_experts(shape: LayerShape, weights: Weights) -> Layer:
     return Layer(forward, [w_in, w_out], _in_our_layout)
 
 
-def _require_bf16(weights: Weights, name: str) -> None:
+def require_bf16(weights: Weights, name: str) -> None:
+    """Raises UnfitError for weights of another precision."""
     if weights.w_in.dtype != torch.bfloat16:
         raise UnfitError(f"{name} has no {weights.w_in.dtype}")
 
@@ -392,7 +320,7 @@ def _routing_on_its_own(layer: Any, dense: Callable[[Tensor], Tensor], shape: La
         usual = dict(vars(gate))
         gate.capacity_factor_train = float(shape.n_experts)
         gate.straight_through_dispatch_tensor = False  # st-moe-pytorch's gradient is another on purpose
-        theirs, wanted = _leaf(x[:GROUP]), _leaf(x[:GROUP].float())
+        theirs, wanted = leaf(x[:GROUP]), leaf(x[:GROUP].float())
         y, wanted_y = forward(theirs, x, x), dense(wanted)
         [gradient] = torch.autograd.grad(y.float().square().sum(), theirs)
         [wanted_gradient] = torch.autograd.grad(wanted_y.square().sum(), wanted)

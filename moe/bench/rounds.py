@@ -75,17 +75,21 @@ class Worker:
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request and wait for the answer. Raises WorkerError."""
-        if self.is_busy:  # with what start() sent; if that failed, so will this, and say why
-            self.is_busy = False
-            with suppress(WorkerError):
-                self._receive()
+        self.finish()
         self._send(request)
         return self._receive()
 
     def start(self, **request: Any) -> None:
-        """Send a request without waiting: the next :meth:`ask` comes after it."""
+        """Send a request without waiting: :meth:`finish` does, and so does the next :meth:`ask`."""
         self._send(request)
         self.is_busy = True
+
+    def finish(self) -> None:
+        """Wait for the end of what :meth:`start` sent; if that failed, so will what is asked next, and say why."""
+        if self.is_busy:
+            self.is_busy = False
+            with suppress(WorkerError):
+                self._receive()
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self.process.stdin is not None
@@ -181,9 +185,7 @@ def run_rounds(
                 for entry in entries:
                     if entry.name not in workers:
                         workers[entry.name] = start_worker(entry)
-                for entry in entries:
-                    if entry.contestant.warm:  # all at once, each on cores of its own
-                        workers[entry.name].start(do="warm", cell=asdict(cell))
+                _warm([workers[entry.name] for entry in entries if entry.contestant.warm], cell, say)
             for result in results:
                 with _locked(lock, fcntl.LOCK_SH):
                     start = time.monotonic()
@@ -225,6 +227,17 @@ def available_bytes() -> int | None:
         return None
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     return found[0] if found else None
+
+
+def _warm(workers: Sequence[Worker], cell: Any, say: Say) -> None:
+    """Let ``workers`` compile all at once, each on cores of its own, before anyone tunes by timing in preparing."""
+    start = time.monotonic()
+    for worker in workers:
+        worker.start(do="warm", cell=asdict(cell))
+    for worker in workers:
+        worker.finish()
+    if workers:
+        say(f"  compiled ahead ({time.monotonic() - start:.0f} s)")
 
 
 def _round(results: Sequence[Result], workers: dict[str, Worker], cell: Any, number: int) -> None:

@@ -1,6 +1,7 @@
 """Processes here are one-line programs that answer as a contestant would, well or badly."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +27,9 @@ def test_a_process_is_asked_and_answers(tmp_path):
     assert worker.ask(do="one") == {"got": "one"}
     worker.start(do="two")
     assert worker.ask(do="three") == {"got": "three"}, "the answer to what was started is read first"
+    worker.start(do="four")
+    worker.finish()
+    assert worker.ask(do="five") == {"got": "five"}, "and once"
     worker.stop()
     assert worker.process.returncode == 0
 
@@ -62,6 +66,12 @@ class Scripted:
     def poll(self):
         return None
 
+    def start(self, do, cell):
+        self.log.append((self.script["name"], do))
+
+    def finish(self):
+        self.log.append((self.script["name"], "finish"))
+
     def ask(self, do, cell, round=None):
         self.log.append((self.script["name"], do))
         reply = self.script.get(do, {})
@@ -76,19 +86,19 @@ class Scripted:
         self.log.append((self.script["name"], "stop"))
 
 
-def run(monkeypatch, tmp_path, scripts, n_rounds=3):
+def run(monkeypatch, tmp_path, scripts, n_rounds=3, device="cpu"):
     log, said = [], []
 
     def start(command, path, patience):
         return Scripted(log, next(script for script in scripts if f'"{script["name"]}"' in command[-1]))
 
     monkeypatch.setattr(rounds, "Worker", start)
-    entries = [Entry(Contestant(script["name"], partial(int)), "users") for script in scripts]
+    entries = [Entry(Contestant(script["name"], partial(int), warm=script.get("warm")), "users") for script in scripts]
     [results] = run_rounds(
         "layer",
         entries,
         [Cell()],
-        device="cpu",
+        device=device,
         rounds=n_rounds,
         folder=tmp_path,
         patience=1,
@@ -104,6 +114,14 @@ def test_contestants_take_turns_and_each_round_another_begins(monkeypatch, tmp_p
     assert [who for who, what in log if what == "turn"] == [*"abc", *"bca", *"cab"]
     assert [what for who, what in log if who == "a"] == ["prepare", "turn", "turn", "turn", "drop", "stop"]
     assert [result.turns for result in results] == [{"all": [[1.0]] * 3}] * 3
+
+
+def test_on_a_gpu_all_compile_at_once_and_are_waited_for_before_one_is_prepared(monkeypatch, tmp_path):
+    warm = {"a": None, "b": nullcontext, "c": nullcontext}
+    scripts = [{"name": name, "turn": {"seconds": [1.0]}, "warm": warm[name]} for name in "abc"]
+    _, log, _ = run(monkeypatch, tmp_path, scripts, n_rounds=1, device="cuda")
+    assert log[:4] == [("b", "warm"), ("c", "warm"), ("b", "finish"), ("c", "finish")]
+    assert log[4:7] == [(name, "prepare") for name in "abc"]
 
 
 def test_who_fails_is_out_and_the_others_go_on(monkeypatch, tmp_path):
