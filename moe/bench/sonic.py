@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,17 +112,30 @@ def _run_once(call: Any, quantiles: Sequence[float]) -> list[float]:
 def compile_products() -> None:
     """Have all configurations of all products on disk, compiled for the current GPU. Raises RuntimeError."""
     major, minor = torch.cuda.get_device_capability()
+    architecture = f"sm_{major}{minor}"
+    done = _kernels() / f"all-{architecture}"
+    if done.exists():
+        return
     n_shares = len(os.sched_getaffinity(0))
     shares = [
         subprocess.Popen(
             [sys.executable, "-m", "moe.bench.sonic", str(share), str(n_shares)],
-            env={**os.environ, "QUACK_ARCH": f"sm_{major}{minor}"},
+            env={**os.environ, "QUACK_ARCH": architecture},
         )
         for share in range(n_shares)
     ]
     statuses = [process.wait() for process in shares]
     if any(statuses):
         raise RuntimeError("compiling the products of QuACK ahead failed")
+    done.touch()
+
+
+def _kernels() -> Path:
+    """Where QuACK keeps what was compiled of its present sources."""
+    from quack import cache_utils
+
+    folder: Path = cache_utils.get_cache_path() / cache_utils._compute_source_fingerprint()
+    return folder
 
 
 def compile_share(share: int, n_shares: int) -> int:

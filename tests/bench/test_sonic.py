@@ -97,7 +97,7 @@ def test_shares_compile_each_configuration_once(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_all_shares_start_at_once(status, monkeypatch):
+def test_all_shares_start_at_once_unless_they_are_done(status, monkeypatch, tmp_path):
     started, waited = [], []
 
     class Process:
@@ -112,11 +112,13 @@ def test_all_shares_start_at_once(status, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", Process)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(sonic, "_kernels", lambda: tmp_path)
     compile_products = sonic.compile_products.__wrapped__
     if status:
         with pytest.raises(RuntimeError, match="compiling the products of QuACK ahead failed"):
             compile_products()
     else:
+        compile_products()
         compile_products()
     assert started == [(["moe.bench.sonic", str(share), "3"], "sm_90") for share in range(3)]
     assert waited == [3, 3, 3]
