@@ -113,7 +113,12 @@ def test_neither_compilation_nor_one_slow_run_decides(start: Callable[..., Clock
 
 @pytest.mark.parametrize(
     "error",
-    [OutOfResources(300_000, 232_448, "shared memory"), PTXASError("out of registers"), CompilationError("", None, "")],
+    [
+        OutOfResources(300_000, 232_448, "shared memory"),
+        PTXASError("out of registers"),
+        CompilationError("", None, ""),
+        RuntimeError("PassManager::run failed"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_what_does_not_fit_is_skipped(error: Exception, start: Callable[..., Clock]) -> None:
@@ -135,10 +140,11 @@ def test_a_device_that_none_fits_is_named_with_a_remedy(start: Callable[..., Clo
     )
 
 
-def test_any_other_error_is_not_hidden(start: Callable[..., Clock]) -> None:
-    clock = start(small=ZeroDivisionError())
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("an illegal memory access")])
+def test_any_other_error_is_not_hidden(error: Exception, start: Callable[..., Clock]) -> None:
+    clock = start(small=error)
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)):
         choose_tiles(PRODUCT, GPU, clock.run)
 
 
@@ -224,6 +230,8 @@ def test_a_choice_is_written_and_read_by_the_next_process(start: Callable[..., C
             "stages": 4,
             "group": 8,
             "flatten": True,
+            "specialised": False,
+            "gather": False,
         }
     }
     assert [path.name for path in tmp_path.iterdir()] == ["tiles.json"]
@@ -308,20 +316,22 @@ def test_the_candidates_compile_and_fit_without_a_gpu_at_hand(capability: int, c
 
     expected = {name for name, value in vars(kernels).items() if isinstance(value, KernelInterface) and name[0] != "_"}
     if capability == 90:
-        expected |= {"inner_gradient"}
+        expected |= {"inner_gradient", "weight_gradient_of_tokens"}
     assert {kernel["name"] for kernel in mine} == expected
     assert {kernel["product"] for kernel in mine} == {
-        "hidden", "hidden, no gate", "plain", "transposed, gathered", "transposed", "weight gradient", None
+        "hidden", "hidden, no gate", "plain", "transposed, gathered", "transposed", "weight gradient",
+        "weight gradient, gathered", None
     }  # fmt: skip
     too_large = [kernel for kernel in mine if kernel["shared"] > SHARED_MEMORY[capability]]
     assert too_large == []
 
 
 def test_no_kernel_needs_more_registers_than_there_are_on_sm_90(compiled: list[dict]) -> None:
-    """Spilled registers lie on the stack."""
-    on_90 = [kernel for kernel in compiled if kernel["capability"] == 90]
+    """Spilled registers lie on the stack. Of a width that no block divides, masks take some more."""
+    on_90 = [kernel for kernel in compiled if kernel["capability"] == 90 and kernel["d_model"] == 256]
 
-    assert {len([kernel for kernel in on_90 if kernel["product"] == product]) for product in ("hidden", "plain")} == {3}
+    products = [kernel["product"] for kernel in on_90]
+    assert [products.count(name) for name in ("hidden, no gate", "plain", "weight gradient")] == [3, 4, 3]
     assert [kernel for kernel in on_90 if kernel["stack"]] == []
 
 
@@ -356,23 +366,22 @@ class Compilations:
         JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **kwargs: self.compile(kernel, *args, **kwargs)
         launch.choose_tiles = self.try_tiles
         launch._fast = lambda x: True
-        # On Hopper, SwiGLU has a kernel of its own, and the other activations show the two kernels that it replaces.
-        launch._on_hopper = lambda x, problem: self.target.capability == 90 and problem.activation == "swiglu"
+        launch.speaks_gluon = lambda device: tiles.speaks_gluon(GPU)
         torch.cuda.get_device_capability = lambda device=None: divmod(self.target.capability, 10)
 
-    def layer(self, capability: int, activation: str) -> None:
+    def layer(self, capability: int, activation: str, d_model: int = 256, d_ff: int = 256) -> None:
         """All kernels of a layer, for one architecture."""
         import triton
 
-        self.target = Target(capability)
+        self.target, self.d_model = Target(capability), d_model
         triton.runtime.driver.set_active(self.target)
-        n_tokens, n_experts, width = 8, 4, 256
+        n_tokens, n_experts = 8, 4
         selected = torch.arange(2 * n_tokens).view(n_tokens, 2) % n_experts
-        x = torch.zeros(n_tokens, width, dtype=torch.bfloat16)
-        rows = 2 * width if activation == "swiglu" else width
+        x = torch.zeros(n_tokens, d_model, dtype=torch.bfloat16)
+        rows = d_ff if activation == "relu" else 2 * d_ff
         problem = launch.Problem(
-            torch.zeros(n_experts, rows, width, dtype=torch.bfloat16),
-            torch.zeros(n_experts, width, width, dtype=torch.bfloat16),
+            torch.zeros(n_experts, rows, d_model, dtype=torch.bfloat16),
+            torch.zeros(n_experts, d_model, d_ff, dtype=torch.bfloat16),
             torch.zeros(selected.shape),
             sort_assignments(selected, None, n_experts),
             activation,
@@ -396,8 +405,9 @@ class Compilations:
         if product is None and "BLOCK_M" in kwargs:
             return  # the launch of what was chosen
         made = kernel.run(*args, grid=(1,), warmup=True, **kwargs)
-        self.found[self.target.capability, kernel.__name__, product, candidate] = {
+        self.found[self.target.capability, self.d_model, kernel.__name__, product, candidate] = {
             "capability": self.target.capability,
+            "d_model": self.d_model,
             "name": kernel.__name__,
             "product": product,
             "tiles": str(candidate),
@@ -425,4 +435,6 @@ if __name__ == "__main__":
     for capability in SHARED_MEMORY:
         for activation in ("swiglu", "relu"):
             compilations.layer(capability, activation)
+    # Whose rows are whole 16 bytes and no more, and whose activation is in no kernel of .hopper.
+    compilations.layer(ALL_CANDIDATES, "swiglu", 328, 200)
     result.write_text(json.dumps(list(compilations.found.values())))

@@ -1,6 +1,7 @@
 """The experts on a GPU in Triton: forward and backward as two operators that torch.compile and CUDA graphs take whole.
 
-``kernels`` has the kernels, ``launch`` their order, ``tiles`` the sizes of their tiles, ``sort`` which rows are whose.
+``kernels`` has the kernels, ``launch`` their order, ``tiles`` the sizes of their tiles, ``sort`` which rows are whose;
+``hopper`` and ``launch_hopper`` have what Hopper GPUs take instead.
 """
 
 from functools import cache

@@ -184,14 +184,16 @@ def weight_gradient(
 
 
 @triton.jit
-def gather_rows(x, assignment_of_row, out, n_rows, D, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out[row] = x[token of row]."""
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+def gather_rows(x, row_of_assignment, out, n_tokens, D, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[row] = x[token of row], token by token: each is read once, and written K times."""
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (rows < n_rows)[:, None] & (columns < D)[None, :]
-    token = (tl.load(assignment_of_row + rows, mask=rows < n_rows, other=0) // K).to(tl.int64)
-    values = tl.load(x + token[:, None] * D + columns[None, :], mask=inside)
-    tl.store(out + rows.to(tl.int64)[:, None] * D + columns[None, :], values, mask=inside)
+    real = tokens < n_tokens
+    inside = real[:, None] & (columns < D)[None, :]
+    values = tl.load(x + tokens.to(tl.int64)[:, None] * D + columns[None, :], mask=inside)
+    for choice in tl.static_range(K):
+        row = tl.load(row_of_assignment + tokens * K + choice, mask=real, other=0)
+        tl.store(out + row.to(tl.int64)[:, None] * D + columns[None, :], values, mask=inside)
 
 
 @triton.jit

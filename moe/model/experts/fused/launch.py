@@ -2,12 +2,12 @@
 
 Forward keeps x and the pre-activation ``hidden`` alone. The backward pass computes the activation again, and takes the
 gradient of a combine weight from ⟨dA', A⟩, so that the experts' outputs need not be kept (as in SonicMoE, Guo et al.
-2025). The products of the weights' gradients read rows that were gathered before: a gather inside them was slower.
+2025). The products of the weights' gradients read rows that were gathered before, but for W_out's where a gather on
+the way is faster; for W_in's, whose gathered tiles are twice as wide, it never was.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 import triton
@@ -19,7 +19,7 @@ from moe.config import Activation
 from moe.model.experts.fused import kernels
 from moe.model.experts.fused.kernels import FAR
 from moe.model.experts.fused.sort import SortedAssignments, TileSchedule, most_tiles, tile_schedule
-from moe.model.experts.fused.tiles import Product, Tiles, choose_tiles
+from moe.model.experts.fused.tiles import Product, Tiles, choose_tiles, speaks_gluon
 from moe.model.feed_forward import GATED
 
 
@@ -83,9 +83,8 @@ def backward(
     inner, grad_hidden = x.new_empty(n_rows, d_ff), torch.empty_like(hidden)
     grad_weights = _inner_gradient(grad_y, hidden, problem, inner, grad_hidden)
     rows = x.new_empty(n_rows, d_model)  # of dy, of the gradient of x, and of x, one after the other
-    _gather_rows(grad_y, problem, rows)
     grad_w_out = torch.empty_like(problem.w_out)
-    _weight_gradient(rows, inner, grad_w_out, problem)
+    _weight_gradient_of_tokens(grad_y, inner, grad_w_out, problem, rows)
     _rows_by_weight(grad_hidden, problem.w_in, rows, problem, transposed=True, gather=False)
     grad_x = torch.empty_like(x)
     _sum_choices(rows, problem, grad_x, weighted=False)
@@ -99,6 +98,11 @@ def backward(
 
 
 def _hidden_and_activation(x: Tensor, problem: Problem, hidden: Tensor, inner: Tensor) -> None:
+    if _on_hopper(x, problem):
+        from moe.model.experts.fused import launch_hopper
+
+        launch_hopper.hidden_and_activation(x, problem, hidden, inner)
+        return
     w_in, parts = problem.w_in, problem.parts
     n_experts, width, d_model = w_in.shape
     d_ff = width // parts
@@ -107,11 +111,11 @@ def _hidden_and_activation(x: Tensor, problem: Problem, hidden: Tensor, inner: T
         schedule = problem.schedule(tiles.block_m)
         # A tile's columns of gate and value together are what other products call a tile's columns.
         block_n = tiles.block_n // parts
-        kernels.hidden_and_activation[_programs(x)](
+        kernels.hidden_and_activation[programs(x)](
             x,
-            _descriptor(w_in.view(n_experts, parts, d_ff, d_model), [1, parts, block_n, tiles.block_k]),
-            _ragged(hidden.view(-1, parts, d_ff), [tiles.block_m, 1, block_n]),
-            _ragged(inner, [tiles.block_m, block_n]),
+            descriptor(w_in.view(n_experts, parts, d_ff, d_model), [1, parts, block_n, tiles.block_k]),
+            ragged(hidden.view(-1, parts, d_ff), [tiles.block_m, 1, block_n]),
+            ragged(inner, [tiles.block_m, block_n]),
             problem.assignments.assignment_of_row,
             *schedule[:2],
             problem.assignments.ends,
@@ -138,12 +142,17 @@ def _rows_by_weight(
     out_width, inner_width = (weight.shape[2], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[2])
 
     def run(tiles: Tiles) -> None:
+        if tiles.specialised:
+            from moe.model.experts.fused import launch_hopper
+
+            launch_hopper.rows_by_weight(rows, weight, out, problem, transposed=transposed)
+            return
         schedule = problem.schedule(tiles.block_m)
         block = [1, tiles.block_k, tiles.block_n] if transposed else [1, tiles.block_n, tiles.block_k]
-        kernels.rows_by_weight[_programs(rows)](
-            rows if gather else _descriptor(rows, [tiles.block_m, tiles.block_k]),
-            _descriptor(weight, block),
-            _ragged(out, [tiles.block_m, tiles.block_n // 2]),
+        kernels.rows_by_weight[programs(rows)](
+            rows if gather else descriptor(rows, [tiles.block_m, tiles.block_k]),
+            descriptor(weight, block),
+            ragged(out, [tiles.block_m, tiles.block_n // 2]),
             problem.assignments.assignment_of_row,
             *schedule[:2],
             problem.assignments.ends,
@@ -164,31 +173,54 @@ def _rows_by_weight(
 
 
 def _weight_gradient(left: Tensor, right: Tensor, out: Tensor, problem: Problem) -> None:
-    n_experts, out_width, inner_width = out.shape
+    def run(tiles: Tiles) -> None:
+        _weight_gradient_by(tiles, left, right, out, problem)
+
+    product = Product("weight gradient", out.shape[1], out.shape[2], out.shape[0], left.dtype)
+    run(choose_tiles(product, left.device, run))
+
+
+def _weight_gradient_of_tokens(left: Tensor, right: Tensor, out: Tensor, problem: Problem, rows: Tensor) -> None:
+    """The same for a ``left`` with a row a token; ``rows`` is room for the gathered ones, if it takes them."""
 
     def run(tiles: Tiles) -> None:
-        constants = tiles.constants()
-        del constants["FLATTEN"]  # the length of the inner loop differs from expert to expert
-        kernels.weight_gradient[_programs(left)](
-            _ragged(left, [tiles.block_k, tiles.block_m]),
-            _ragged(right, [tiles.block_k, tiles.block_n]),
-            _descriptor(out, [1, tiles.block_m, tiles.block_n // 2]),
-            problem.assignments.ends,
-            problem.schedule(tiles.block_m).busiest,
-            n_experts,
-            out_width,
-            inner_width,
-            **constants,
-        )
+        if tiles.gather:
+            from moe.model.experts.fused import launch_hopper
 
-    product = Product("weight gradient", out_width, inner_width, n_experts, left.dtype)
+            launch_hopper.weight_gradient_of_tokens(left, right, out, problem)
+        else:
+            _gather_rows(left, problem, rows)
+            _weight_gradient_by(tiles, rows, right, out, problem)
+
+    product = Product("weight gradient, gathered", out.shape[1], out.shape[2], out.shape[0], left.dtype)
     run(choose_tiles(product, left.device, run))
+
+
+def _weight_gradient_by(tiles: Tiles, left: Tensor, right: Tensor, out: Tensor, problem: Problem) -> None:
+    if tiles.specialised:
+        from moe.model.experts.fused import launch_hopper
+
+        launch_hopper.weight_gradient(left, right, out, problem)
+        return
+    constants = tiles.constants()
+    del constants["FLATTEN"]  # the length of the inner loop differs from expert to expert
+    kernels.weight_gradient[programs(left)](
+        ragged(left, [tiles.block_k, tiles.block_m]),
+        ragged(right, [tiles.block_k, tiles.block_n]),
+        descriptor(out, [1, tiles.block_m, tiles.block_n // 2]),
+        problem.assignments.ends,
+        problem.schedule(tiles.block_m).busiest,
+        *out.shape,
+        **constants,
+    )
 
 
 def _inner_gradient(grad_y: Tensor, hidden: Tensor, problem: Problem, inner: Tensor, grad_hidden: Tensor) -> Tensor:
     """Write the weighted activation and the gradient of hidden; return that of the weights."""
     if _on_hopper(grad_y, problem):
-        return _inner_gradient_in_one(grad_y, hidden, problem, inner, grad_hidden)
+        from moe.model.experts.fused import launch_hopper
+
+        return launch_hopper.inner_gradient(grad_y, hidden, problem, inner, grad_hidden)
     grad_inner = torch.empty_like(inner)
     _rows_by_weight(grad_y, problem.w_out, grad_inner, problem, transposed=True, gather=True)
     grad_weights = torch.zeros_like(problem.weights)
@@ -213,60 +245,17 @@ def _inner_gradient(grad_y: Tensor, hidden: Tensor, problem: Problem, inner: Ten
     return grad_weights
 
 
-def _inner_gradient_in_one(
-    grad_y: Tensor, hidden: Tensor, problem: Problem, inner: Tensor, grad_hidden: Tensor
-) -> Tensor:
-    from triton.experimental.gluon.language import bfloat16, float16
-    from triton.experimental.gluon.language._layouts import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-
-    from moe.model.experts.fused import hopper
-
-    def in_gluon(descriptor: TensorDescriptor) -> GluonDescriptor:
-        dtype = bfloat16 if descriptor.base.dtype == torch.bfloat16 else float16
-        block = list(descriptor.block_shape)
-        layout = NVMMASharedLayout.get_default_for(block, dtype)
-        return GluonDescriptor(descriptor.base, list(descriptor.shape), list(descriptor.strides), block, layout)
-
-    n_experts, d_model, d_ff = problem.w_out.shape
-    block_m, block_n, block_k, part = (
-        size.value for size in (hopper.BLOCK_M, hopper.BLOCK_N, hopper.BLOCK_K, hopper.PART)
-    )
-    schedule = problem.schedule(block_m)
-    dots = torch.zeros(*problem.weights.shape, d_ff // block_n, device=hidden.device)
-    hopper.inner_gradient[_programs(hidden)](
-        grad_y,
-        in_gluon(_descriptor(problem.w_out.view(n_experts * d_model, d_ff), [block_k, block_n])),
-        in_gluon(_descriptor(hidden, [block_m, part])),
-        problem.weights,
-        in_gluon(_ragged(grad_hidden, [block_m, part])),
-        in_gluon(_ragged(inner, [block_m, part])),
-        dots,
-        problem.assignments.assignment_of_row,
-        *schedule[:2],
-        problem.assignments.ends,
-        schedule.n_tiles,
-        d_model,
-        d_ff,
-        problem.n_rows - 1,
-        K=problem.top_k,
-        num_warps=8,
-    )
-    return dots.sum(dim=-1)
-
-
 # ------------------------------------------------------------------------------------------------- the moves of data
 
 
 def _gather_rows(x: Tensor, problem: Problem, out: Tensor) -> None:
-    block_t, block_d = 32, 256
-    grid = (triton.cdiv(problem.n_rows, block_t), triton.cdiv(x.shape[1], block_d))
+    block_t, block_d = 8, 1024
+    grid = (triton.cdiv(x.shape[0], block_t), triton.cdiv(x.shape[1], block_d))
     kernels.gather_rows[grid](
         x,
-        problem.assignments.assignment_of_row,
+        problem.assignments.row_of_assignment,
         out,
-        problem.n_rows,
-        x.shape[1],
+        *x.shape,
         K=problem.top_k,
         BLOCK_T=block_t,
         BLOCK_D=block_d,
@@ -295,7 +284,7 @@ def _sum_choices(rows: Tensor, problem: Problem, out: Tensor, *, weighted: bool)
 # -------------------------------------------------------------------------------------------------- what they need
 
 
-def _programs(x: Tensor) -> tuple[int]:
+def programs(x: Tensor) -> tuple[int]:
     """One a multiprocessor; on a CPU, in Triton's interpreter, two, so that there is more than one."""
     return (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2,)
 
@@ -305,11 +294,12 @@ def _fast(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def _descriptor(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
+def descriptor(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
+    """What the tensor memory accelerator needs to read or write blocks of it."""
     return TensorDescriptor.from_tensor(tensor, list(block))
 
 
-def _ragged(tensor: Float[Tensor, "N *axes"], block: Sequence[int]) -> TensorDescriptor:
+def ragged(tensor: Float[Tensor, "N *axes"], block: Sequence[int]) -> TensorDescriptor:
     """A descriptor whose tiles end where the kernel says: see ``kernels._store_rows``."""
     stride = tensor.stride(0)
     return TensorDescriptor(
@@ -321,13 +311,6 @@ def _ragged(tensor: Float[Tensor, "N *axes"], block: Sequence[int]) -> TensorDes
 
 
 def _on_hopper(x: Tensor, problem: Problem) -> bool:
-    """Whether :mod:`.hopper` has a kernel for this problem and this device, and its language is there."""
+    """Whether :mod:`.hopper` has the kernels with the activation in them for this problem and this device."""
     _, d_model, d_ff = problem.w_out.shape
-    fits = problem.activation == "swiglu" and d_model % 64 == 0 and d_ff % 256 == 0
-    return fits and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9 and _gluon_is_known()
-
-
-@cache
-def _gluon_is_known() -> bool:
-    """Gluon is experimental, and its names change: these versions were tried."""
-    return (3, 6) <= tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 8)
+    return problem.activation == "swiglu" and d_model % 64 == 0 and d_ff % 256 == 0 and speaks_gluon(x.device)

@@ -9,11 +9,12 @@ import json
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -54,6 +55,11 @@ class Tiles:
     """tiles of rows that are done before the next column"""
     flatten: bool = False
     """go on to load the next tile while this one is written: pays where the inner dimension is short"""
+
+    specialised: bool = False
+    """by warps with different tasks, the kernels of :mod:`.hopper`, whose sizes are these"""
+    gather: bool = False
+    """of a weight's gradient: gather rows on the way, not before"""
 
     def constants(self, block_n: int | None = None) -> dict[str, Any]:
         """The launch arguments; ``block_n`` where it is not that of the tile."""
@@ -107,13 +113,31 @@ def candidates(product: Product, device: torch.device) -> list[Tiles]:
         # No descriptors in hardware (before 9), or less shared memory (12).
         return [Tiles(128, 128, 32, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 32, 4, 3), Tiles(64, 64, 32, 4, 2)]
     small = Tiles(128, 128, 64, 8, 3)
-    if product.kind == "weight gradient":
-        return [Tiles(128, 256, 64, 8, 4), Tiles(128, 256, 64, 8, 3), small]
+    specialised = Tiles(128, 256, 64, 12, 3, specialised=True)
+    if product.kind.startswith("weight gradient"):
+        others = [Tiles(128, 256, 64, 8, 4), Tiles(128, 256, 64, 8, 3), small]
+        if not speaks_gluon(device):
+            return others
+        mine = [specialised, *others[:1], small]
+        if product.kind.endswith("gathered") and product.inner_width % 64 == 0:
+            mine = [replace(specialised, gather=True), *mine]
+        return mine
     # The first product also has its results in shared memory: as much again as a stage, or twice that without a gate.
     stages = {"hidden": 3, "hidden, no gate": 2}.get(product.kind, 4)
     plain, flat = Tiles(128, 256, 64, 8, stages), Tiles(128, 256, 64, 8, stages, flatten=True)
     both = [flat, plain] if product.inner_width <= 2048 else [plain, flat]
+    if product.kind in ("plain", "transposed") and product.inner_width % 64 == 0 and speaks_gluon(device):
+        return [specialised, *both, small]
     return [*both, small]
+
+
+def speaks_gluon(device: torch.device) -> bool:
+    """Whether the kernels of :mod:`.hopper` run: on that generation, and with a Triton that they were tried with.
+
+    Gluon is experimental, and its names change.
+    """
+    version = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and (3, 6) <= version < (3, 8)
 
 
 def remember_in(path: Path, *, write: bool = True) -> None:
@@ -145,6 +169,10 @@ def _time(run: Callable[[Tiles], None], tiles: Tiles) -> float | None:
     try:
         run(tiles)
     except (OutOfResources, CompilationError, PTXASError):
+        return None
+    except RuntimeError as error:
+        if str(error) != "PassManager::run failed":  # all that Triton says where a kernel cannot be lowered
+            raise
         return None
     times: list[float] = []
     for _ in range(ROUNDS):
