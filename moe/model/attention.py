@@ -85,7 +85,7 @@ def attend(
     """softmax(Q Kᵀ / √d) V over the ``visible`` keys (None: up to the query), each key head for H / H_kv heads."""
     if sinks is not None:
         return with_sinks(attend, queries, keys, values, visible, sinks)
-    if keys.shape == values.shape and short_attention.pays(queries, keys, causal=visible is None):
+    if short_attention.pays(queries, keys, values, causal=visible is None):
         return short_attention.short_attention(queries, keys, values)
     return F.scaled_dot_product_attention(
         queries,

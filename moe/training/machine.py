@@ -13,6 +13,7 @@ import torch
 
 from moe.config import AttentionConfig, Device, ExpertBackend, ExpertsConfig, ModelConfig, Precision
 from moe.errors import UserError
+from moe.model import native
 from moe.model.transformer import Transformer
 from moe.training.measurements import measured_once
 
@@ -66,9 +67,9 @@ def use_fastest_float32() -> None:
 
     On some CPUs MKL runs at half the rate that the units have. Asked for "bf16", oneDNN computes in full float32 where
     there are no units that would round (AMX): without them alone it is tried, and its result compared. What is timed is
-    a small block, forward and backward, because attention differs too (:mod:`moe.model.short_attention`).
+    a small block, forward and backward, since attention by SDPA is slow beside it.
     """
-    answer = measured_once("float32 products", ("onednn", "default"), _faster_float32)
+    answer = measured_once(f"float32 products of a block{_with_kernels()}", ("onednn", "default"), _faster_float32)
     if answer == "onednn":
         set_float32_products("bf16")
 
@@ -84,7 +85,8 @@ def set_float32_products(setting: str) -> None:
 
 
 def _faster_float32() -> str:
-    before, block = float32_products(), _Block("segments")
+    # At a width of 128 they differ by less than the noise; from 256 on by a tenth and more, one way or the other.
+    before, block = float32_products(), _Block("segments", d_model=256)
     try:
         if not _onednn_is_exact():
             return "default"
@@ -123,21 +125,26 @@ def fastest_backend(precision: Precision) -> ExpertBackend:
         best = min(others, key=lambda backend: min(times[backend][1:]))
         return best if min(times[best][1:]) * MARGIN < min(times[usual][1:]) else usual
 
-    answer = measured_once(f"experts in {precision}", CPU_BACKENDS, measure)
+    answer = measured_once(f"experts in {precision}{_with_kernels()}", CPU_BACKENDS, measure)
     return next(backend for backend in CPU_BACKENDS if backend == answer)
 
 
-class _Block:
-    """A model of one layer of the shape ``tiny`` of the bench, and a thousand tokens."""
+def _with_kernels() -> str:
+    """What is measured with the kernels of :mod:`moe.model.native` is not what is measured without."""
+    return "" if native.library() is None else ", with kernels in C++"
 
-    def __init__(self, backend: ExpertBackend) -> None:
+
+class _Block:
+    """A model of one layer, of the shape ``tiny`` of the bench or wider, and a thousand tokens."""
+
+    def __init__(self, backend: ExpertBackend, d_model: int = 128) -> None:
         self.model = Transformer(
             ModelConfig(
                 vocab_size=64,
                 n_layers=1,
-                d_model=128,
-                attention=AttentionConfig(n_heads=8, head_dim=16),
-                experts=ExpertsConfig(n_experts=16, d_ff=256, backend=backend),
+                d_model=d_model,
+                attention=AttentionConfig(n_heads=8, head_dim=d_model // 8),
+                experts=ExpertsConfig(n_experts=16, d_ff=2 * d_model, backend=backend),
             )
         )
         self.tokens = torch.randint(64, (8, 128), generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from moe.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, ModelConfig
 from moe.model.experts import Experts, ExpertWeights, grouped_experts, reference_experts, segment_experts
 from moe.model.experts.grouped import sort_by_expert
-from moe.model.experts.segments import ROWS, lay_out
+from moe.model.experts.segments import ROWS, lay_out, lay_out_in_torch, most_rows
 from moe.model.feed_forward import input_width
 from moe.model.rotation import rotation_of
 from moe.model.routing import Routing
@@ -379,6 +379,12 @@ def test_segments_give_every_assignment_one_row_among_those_of_its_expert(routin
             assert row == n_rows
     between = [row for row in range(n_rows) if row not in taken]
     assert segments.token_of_row[between].eq(routing.n_tokens).all()
+    for n_rows in (None, most_rows(routing.selected.numel(), routing.n_mlps)):
+        decided = routing.selected, routing.executed, routing.n_mlps, n_rows
+        one, other = lay_out(*decided), lay_out_in_torch(*decided)
+        assert one.spans == other.spans
+        assert torch.equal(one.token_of_row, other.token_of_row)
+        assert torch.equal(one.row_of_assignment, other.row_of_assignment)
 
 
 def carried_out_count(routing: Routing) -> int:

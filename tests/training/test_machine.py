@@ -112,7 +112,7 @@ class Stopwatch:
 
     seconds_of: dict[str, float]
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, d_model: int = 128) -> None:
         self.backend = backend
 
     def seconds(self, precision: str) -> float:

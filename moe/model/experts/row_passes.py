@@ -1,42 +1,43 @@
-"""What the segments do between their products, each written so that torch.compile makes one loop over memory of it.
+"""What the segments do between their products: pass by pass over rows of memory.
 
-Every function computes in at least float32, whatever it reads and writes. Uncompiled they make a dozen passes, so that
-:mod:`.segments` has others there.
+Each is defined in torch (``..._in_torch``), in at least float32 whatever is read and written, and that is what runs in
+float64 and where there is no compiler. Otherwise it is one loop over memory in C++ (``native/rows.cpp``).
 """
 
 import math
-from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.config import Activation
+from moe.model import native
 from moe.model.feed_forward import CLAMP, CLAMPED_SLOPE, GATED
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` through torch.compile, once a process."""
-    return _compiled(function)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
 
 
 def gather(x: Float[Tensor, "T D"], token_of_row: Int[Tensor, " R"], dtype: torch.dtype) -> Float[Tensor, "R D"]:
     """x[token], in ``dtype``; zeros for token T."""
-    n_tokens = x.shape[0]
-    rows = x[token_of_row.clamp(max=n_tokens - 1)].to(dtype)
-    return torch.where((token_of_row < n_tokens)[:, None], rows, 0.0)
+    rows = x.new_empty(len(token_of_row), x.shape[1], dtype=dtype)
+    if not native.computes(x, rows):
+        return gather_in_torch(x, token_of_row, dtype)
+    x = x.contiguous()
+    native.call(f"gather_{_name(x)}_{_name(rows)}", x, token_of_row, rows, len(x), *rows.shape)
+    return rows
 
 
-def activation(hidden: Float[Tensor, "R H"], kind: Activation) -> Float[Tensor, "R F"]:
+def gather_in_torch(
+    x: Float[Tensor, "T D"], token_of_row: Int[Tensor, " R"], dtype: torch.dtype
+) -> Float[Tensor, "R D"]:
+    """:func:`gather`."""
+    return torch.cat([x.to(dtype), x.new_zeros(1, x.shape[1], dtype=dtype)])[token_of_row]
+
+
+def activation(hidden: Float[Tensor, "R H"], kind: Activation, out: Float[Tensor, "R F"]) -> None:
     """:func:`moe.model.feed_forward.activate`."""
-    return _activate(*_halves(hidden, kind), kind)[0].to(hidden.dtype)
+    if hidden.dtype == out.dtype and native.computes(hidden):
+        native.call(f"activation_{kind}_{_name(hidden)}", hidden, out, *out.shape)
+    else:
+        out.copy_(_activate(*_halves(hidden, kind), kind)[0])
 
 
 def activation_gradient(
@@ -44,37 +45,90 @@ def activation_gradient(
     grad_inner: Float[Tensor, "R F"],
     weight_of_row: Float[Tensor, " R"],
     kind: Activation,
-) -> tuple[Float[Tensor, "R F"], Float[Tensor, "R H"], Float[Tensor, " R"]]:
-    """A = activation(hidden), the gradient of hidden and ⟨dA', A⟩, for the gradient dA' of an unweighted A."""
+    *,
+    weighted: Float[Tensor, "R F"],
+    grad_hidden: Float[Tensor, "R H"],
+    dots: Float[Tensor, " R"],
+) -> None:
+    """From the gradient g of an unweighted A = activation(hidden): w · A, the gradient of hidden for w · g, ⟨g, A⟩."""
+    # The kernel has weights and dots in float32, and the rest in one dtype.
+    if weight_of_row.dtype == dots.dtype == torch.float32 and native.computes(hidden):
+        native.call(
+            f"activation_gradient_{kind}_{_name(hidden)}",
+            hidden,
+            grad_inner,
+            weight_of_row,
+            weighted,
+            grad_hidden,
+            dots,
+            *grad_inner.shape,
+        )
+    else:
+        activation_gradient_in_torch(
+            hidden, grad_inner, weight_of_row, kind, weighted=weighted, grad_hidden=grad_hidden, dots=dots
+        )
+
+
+def activation_gradient_in_torch(
+    hidden: Float[Tensor, "R H"],
+    grad_inner: Float[Tensor, "R F"],
+    weight_of_row: Float[Tensor, " R"],
+    kind: Activation,
+    *,
+    weighted: Float[Tensor, "R F"],
+    grad_hidden: Float[Tensor, "R H"],
+    dots: Float[Tensor, " R"],
+) -> None:
+    """:func:`activation_gradient`."""
     gate, value = _halves(hidden, kind)
     inner, slope_of_gate, slope_of_value = _activate(gate, value, kind)
     grad = grad_inner.to(gate.dtype)
-    dot = (grad * inner).sum(dim=-1)
-    grad = grad * weight_of_row[:, None]
+    dots.copy_((grad * inner).sum(dim=-1))
+    weighted.copy_(weight_of_row[:, None] * inner)
+    grad = weight_of_row[:, None] * grad
     slopes = [slope_of_gate] if slope_of_value is None else [slope_of_gate, slope_of_value]
-    grad_hidden = torch.cat([(grad * slope).to(hidden.dtype) for slope in slopes], dim=-1)
-    return inner.to(hidden.dtype), grad_hidden, dot
-
-
-def weigh(rows: Float[Tensor, "R D"], weight_of_row: Float[Tensor, " R"]) -> Float[Tensor, "R D"]:
-    """weight · row."""
-    return (rows * weight_of_row[:, None]).to(rows.dtype)
+    grad_hidden.copy_(torch.cat([grad * slope for slope in slopes], dim=-1))
 
 
 def sum_choices(
-    rows: Float[Tensor, "R D"], row_of_assignment: Int[Tensor, "T K"], weights: Float[Tensor, "T K"] | None
+    rows: Float[Tensor, "R D"],
+    row_of_assignment: Int[Tensor, "T K"],
+    weights: Float[Tensor, "T K"] | None,
+    dtype: torch.dtype,
 ) -> Float[Tensor, "T D"]:
-    """Σ_k weight_tk · rows[row_tk], choice by choice; row R is one of zeros. In the dtype of the sum."""
-    n_rows, dtype = rows.shape[0], torch.promote_types(rows.dtype, torch.float32)
-    total = None
-    for choice in range(row_of_assignment.shape[1]):
-        row = row_of_assignment[:, choice]
-        term = torch.where((row < n_rows)[:, None], rows[row.clamp(max=n_rows - 1)].to(dtype), 0.0)
-        if weights is not None:
-            term = term * weights[:, choice, None]
-        total = term if total is None else total + term
-    assert total is not None
+    """Σ_k weight_tk · rows[row_tk] in ``dtype``, choice by choice; row R is one of zeros."""
+    total = rows.new_empty(len(row_of_assignment), rows.shape[1], dtype=dtype)
+    if not native.computes(rows, total, *([] if weights is None else [weights])):
+        return sum_choices_in_torch(rows, row_of_assignment, weights, dtype)
+    native.call(
+        f"sum_choices_{_name(rows)}_{_name(total)}",
+        rows,
+        row_of_assignment,
+        None if weights is None else weights.float().contiguous(),
+        total,
+        *row_of_assignment.shape,
+        *rows.shape,
+    )
     return total
+
+
+def sum_choices_in_torch(
+    rows: Float[Tensor, "R D"],
+    row_of_assignment: Int[Tensor, "T K"],
+    weights: Float[Tensor, "T K"] | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "T D"]:
+    """:func:`sum_choices`."""
+    rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    total = rows.new_zeros(len(row_of_assignment), rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
+    for choice in range(row_of_assignment.shape[1]):
+        term = rows[row_of_assignment[:, choice]].to(total.dtype)
+        total += term if weights is None else term * weights[:, choice, None]
+    return total.to(dtype)
+
+
+def _name(tensor: Tensor) -> str:
+    return native.DTYPES[tensor.dtype]
 
 
 def _halves(hidden: Tensor, kind: Activation) -> tuple[Tensor, Tensor]:

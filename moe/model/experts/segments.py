@@ -1,8 +1,9 @@
 """The experts on a CPU: one autograd function over segments of rows, one segment an expert.
 
 A CPU gains nothing from one grouped product: its matrix library wants few, large, familiar shapes and little traffic
-between them. So assignments are copied into one buffer in which each expert has a segment; the products of each
-segment write straight into buffers for all experts; everything elementwise runs once over the whole buffer.
+between them. So assignments are copied into one buffer in which each expert has a segment, and then expert follows
+expert: its products, and what lies between them (:mod:`.row_passes`), meet the same few megabytes while they are in
+the cache.
 
 Segment lengths are rounded up to :data:`ROWS` because oneDNN compiles a kernel for each new length, which never fades
 while lengths keep changing. The rows in between belong to no token: their gradients are zero.
@@ -10,22 +11,20 @@ while lengths keep changing. The rows in between belong to no token: their gradi
 Only the gathered input and the pre-activation are kept for the backward pass. With A the activation, the gradient of a
 combine weight is ⟨dy W_out, A⟩, so the experts' outputs need not be kept (as in SonicMoE, Guo et al. 2025).
 
-Lengths are read on the host, which torch.compile cannot trace. It is given one operator for each direction, in which
-what lies between the products is compiled on its own (:mod:`.row_passes`).
+Lengths are read on the host, which torch.compile cannot trace: it is given one operator for each direction.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, library
 
 from moe.config import Activation
+from moe.model import native
 from moe.model.experts import row_passes
-from moe.model.experts.row_passes import compiled
 from moe.model.experts.weights import ExpertWeights, compute_dtype
-from moe.model.feed_forward import activate
 from moe.model.routing import Routing
 
 ROWS = 32
@@ -36,18 +35,14 @@ def segment_experts(x: Float[Tensor, "T D"], routing: Routing, weights: ExpertWe
     dtype = compute_dtype(x)
     w_in, w_out = weights.w_in.to(dtype), weights.w_out.to(dtype)
     b_in, b_out = (None if bias is None else bias.to(dtype) for bias in (weights.b_in, weights.b_out))
+    if x.shape[0] == 0:  # nothing to compute, but every gradient is there
+        parameters = [tensor for tensor in (w_in, w_out, b_in, b_out, routing.weights) if tensor is not None]
+        return x + 0 * torch.stack([tensor.sum().to(x.dtype) for tensor in parameters]).sum()
+    # torch.compile is given one operator to call as it is; to call that without it takes longer than the function.
+    compute: Callable[..., Any] = _operator if torch.compiler.is_compiling() else _SegmentExperts.apply
     y: Tensor
-    if torch.compiler.is_compiling():
-        if x.shape[0] == 0:  # nothing to compute, but every gradient is there
-            parameters = [tensor for tensor in (w_in, w_out, b_in, b_out, routing.weights) if tensor is not None]
-            return x + 0 * torch.stack([tensor.sum().to(x.dtype) for tensor in parameters]).sum()
-        y, *_ = _operator(
-            x, routing.weights, w_in, w_out, b_in, b_out, routing.selected, routing.executed, weights.activation
-        )
-        return y.to(x.dtype)
-    segments = lay_out(routing.selected, routing.executed, routing.n_mlps)
-    y = _SegmentExperts.apply(  # type: ignore[no-untyped-call]
-        x.to(dtype), routing.weights, w_in, w_out, b_in, b_out, weights.activation, segments
+    y, *_ = compute(
+        x, routing.weights, w_in, w_out, b_in, b_out, routing.selected, routing.executed, weights.activation
     )
     return y.to(x.dtype)
 
@@ -69,6 +64,15 @@ class Segments(NamedTuple):
     row_of_assignment: Int[Tensor, "T K"]
     """the row that holds an assignment; R, a row of zeros, for an assignment that no expert computes"""
 
+    @property
+    def longest(self) -> int:
+        """Rows of the longest segment."""
+        return max(end - start for start, end in self.spans)
+
+    def parts(self, rows: Shaped[Tensor, "R *n"]) -> tuple[Tensor, ...]:
+        """Each expert's segment."""
+        return rows[: self.spans[-1][1]].split_with_sizes([end - start for start, end in self.spans])
+
 
 def most_rows(n_assignments: int, n_experts: int) -> int:
     """The rows that can be needed: each expert's last ROWS may hold a single assignment."""
@@ -80,12 +84,42 @@ def lay_out(
 ) -> Segments:
     """Give each expert a segment and each assignment a row, in the order of the tokens.
 
-    ``executed``: which assignments an expert computes; None: all. ``n_rows``: R, where it is to be larger than needed.
+    ``executed``: which assignments an expert computes; None: all. An id that is none of the ``n_experts`` is computed
+    by nobody. ``n_rows``: R, where it is to be larger than needed, and at least :func:`most_rows`.
     """
+    if selected.device.type != "cpu" or selected.dtype != torch.int64 or native.library() is None:
+        return lay_out_in_torch(selected, executed, n_experts, n_rows)
+    if n_rows is None:
+        segments = lay_out(selected, executed, n_experts, most_rows(selected.numel(), n_experts))
+        end = segments.spans[-1][1]
+        return Segments(segments.spans, segments.token_of_row[:end], segments.row_of_assignment.clamp(max=end))
+    token_of_row, ends = selected.new_empty(n_rows), selected.new_empty(n_experts)
+    row_of_assignment = torch.empty_like(selected, memory_format=torch.contiguous_format)
+    native.call(
+        "lay_out",
+        selected.contiguous(),
+        None if executed is None else executed.contiguous(),
+        token_of_row,
+        row_of_assignment,
+        ends,
+        *selected.shape,
+        n_experts,
+        n_rows,
+        ROWS,
+    )
+    return Segments(_spans(ends), token_of_row, row_of_assignment)
+
+
+def lay_out_in_torch(
+    selected: Int[Tensor, "T K"], executed: Bool[Tensor, "T K"] | None, n_experts: int, n_rows: int | None = None
+) -> Segments:
+    """:func:`lay_out`, by a stable sort."""
     n_tokens, top_k = selected.shape
     expert, device = selected.flatten(), selected.device
+    computed = (expert >= 0) & (expert < n_experts)
     if executed is not None:
-        expert = expert.where(executed.flatten(), n_experts)
+        computed = computed & executed.flatten()
+    expert = expert.where(computed, n_experts)
     sorted_expert, order = expert.sort(stable=True)
     counts = torch.zeros(n_experts + 1, dtype=torch.int64, device=device)
     counts = counts.scatter_add_(0, expert, torch.ones_like(expert))[:n_experts]
@@ -108,146 +142,6 @@ def _spans(ends: Int[Tensor, " E"]) -> list[tuple[int, int]]:
     return list(zip([0, *last[:-1]], last, strict=True))
 
 
-class _SegmentExperts(torch.autograd.Function):
-    """Forward and backward of all experts of a layer, written out."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        combine_weights: Tensor,
-        w_in: Tensor,
-        w_out: Tensor,
-        b_in: Tensor | None,
-        b_out: Tensor | None,
-        activation: Activation,
-        segments: Segments,
-    ) -> Tensor:
-        rows = _with_zero_row(x)[segments.token_of_row]
-        hidden = rows.new_empty(rows.shape[0], w_in.shape[1])
-        _multiply(rows, w_in, b_in, segments.spans, out=hidden)
-        inner = activate(hidden, activation)
-        output = rows.new_empty(rows.shape[0] + 1, x.shape[1])
-        output[-1] = 0
-        _multiply(inner, w_out, b_out, segments.spans, out=output)
-        ctx.save_for_backward(rows, hidden, combine_weights, w_in, w_out, b_in, b_out)
-        ctx.activation, ctx.segments = activation, segments
-        return _weighted_sum(output, segments.row_of_assignment, combine_weights)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        rows, hidden, combine_weights, w_in, w_out, b_in, b_out = ctx.saved_tensors
-        segments: Segments = ctx.segments
-        row_of_assignment = segments.row_of_assignment
-        n_rows = rows.shape[0]
-
-        # The weight of each row, zero for rows between segments.
-        weight_of_row = combine_weights.new_zeros(n_rows + 1)
-        weight_of_row[row_of_assignment.flatten()] = combine_weights.flatten()
-        weight_of_row = weight_of_row[:n_rows, None]
-
-        grad_output = _with_zero_row(grad_y.to(rows.dtype))[segments.token_of_row]
-        grad_inner = torch.empty_like(hidden[:, : w_out.shape[2]])
-        for expert, (start, end) in enumerate(segments.spans):
-            torch.mm(grad_output[start:end], w_out[expert], out=grad_inner[start:end])
-        inner, grad_hidden, inner_dot = _activation_backward(hidden, grad_inner, weight_of_row, ctx.activation)
-
-        if b_out is not None:
-            expert_of_row = torch.repeat_interleave(torch.tensor([end - start for start, end in segments.spans]))
-            inner_dot = inner_dot + (grad_output.to(inner_dot.dtype) * b_out.to(inner_dot.dtype)[expert_of_row]).sum(-1)
-        grad_combine = torch.cat([inner_dot, inner_dot.new_zeros(1)])[row_of_assignment]
-
-        grad_output *= weight_of_row.to(grad_output.dtype)
-        grad_rows = rows.new_empty(n_rows + 1, rows.shape[1])
-        grad_rows[-1] = 0
-        grad_w_in, grad_w_out = _weight_gradients(w_in, w_out, segments.spans, rows, inner, grad_hidden, grad_output)
-        for expert, (start, end) in enumerate(segments.spans):
-            torch.mm(grad_hidden[start:end], w_in[expert], out=grad_rows[start:end])
-        grad_x = _weighted_sum(grad_rows, row_of_assignment, None)
-        grad_b_in = None if b_in is None else _segment_sums(grad_hidden, segments)
-        grad_b_out = None if b_out is None else _segment_sums(grad_output, segments)
-        return grad_x, grad_combine, grad_w_in, grad_w_out, grad_b_in, grad_b_out, None, None
-
-
-def _multiply(
-    rows: Float[Tensor, "R n"],
-    weights: Float[Tensor, "E m n"],
-    biases: Float[Tensor, "E m"] | None,
-    spans: list[tuple[int, int]],
-    *,
-    out: Float[Tensor, "S m"],
-) -> None:
-    """W x + b of each row by its segment's expert, into the same row of ``out``."""
-    for expert, (start, end) in enumerate(spans):
-        torch.mm(rows[start:end], weights[expert].t(), out=out[start:end])
-        if biases is not None:
-            out[start:end] += biases[expert]
-
-
-def _weight_gradients(
-    w_in: Float[Tensor, "E H D"],
-    w_out: Float[Tensor, "E D F"],
-    spans: list[tuple[int, int]],
-    rows: Float[Tensor, "R D"],
-    inner: Float[Tensor, "R F"],
-    grad_hidden: Float[Tensor, "R H"],
-    grad_output: Float[Tensor, "R D"],
-) -> tuple[Float[Tensor, "E H D"], Float[Tensor, "E D F"]]:
-    """Of both matrices, each written once into the place of its expert."""
-    grad_w_in, grad_w_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    for expert, (start, end) in enumerate(spans):
-        torch.mm(grad_hidden[start:end].t(), rows[start:end], out=grad_w_in[expert])
-        torch.mm(grad_output[start:end].t(), inner[start:end], out=grad_w_out[expert])
-    return grad_w_in, grad_w_out
-
-
-def _with_zero_row(x: Float[Tensor, "T D"]) -> Float[Tensor, "T+1 D"]:
-    return F.pad(x, (0, 0, 0, 1))
-
-
-def _weighted_sum(
-    rows: Float[Tensor, "R D"], row_of_assignment: Int[Tensor, "T K"], weights: Float[Tensor, "T K"] | None
-) -> Float[Tensor, "T D"]:
-    """Σ_k weight_tk · rows[row_tk], accumulated in float32 (float64 for float64) choice by choice."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    total = None
-    for choice in range(row_of_assignment.shape[1]):
-        term = rows.index_select(0, row_of_assignment[:, choice]).to(dtype)
-        if weights is not None:
-            term *= weights[:, choice, None]
-        total = term if total is None else total.add_(term)
-    assert total is not None
-    return total.to(rows.dtype) if weights is None else total
-
-
-def _segment_sums(rows: Float[Tensor, "R D"], segments: Segments) -> Float[Tensor, "E D"]:
-    return torch.stack([rows[start:end].sum(dim=0) for start, end in segments.spans])
-
-
-def _activation_backward(
-    hidden: Float[Tensor, "R H"],
-    grad_inner: Float[Tensor, "R F"],
-    weight_of_row: Float[Tensor, "R 1"],
-    activation: Activation,
-) -> tuple[Float[Tensor, "R F"], Float[Tensor, "R H"], Float[Tensor, " R"]]:
-    """:func:`.row_passes.activation_gradient`, SwiGLU in torch's own passes; ``grad_inner`` is overwritten then."""
-    if activation != "swiglu":
-        return row_passes.activation_gradient(hidden, grad_inner, weight_of_row[:, 0], activation)
-    gate, value = hidden.chunk(2, dim=-1)
-    gated = F.silu(gate)
-    inner = gated * value
-    dot: Tensor = torch.linalg.vecdot(grad_inner.to(weight_of_row.dtype), inner.to(weight_of_row.dtype))
-    grad_inner *= weight_of_row.to(grad_inner.dtype)
-    grad_hidden = torch.empty_like(hidden)
-    grad_gate, grad_value = grad_hidden.chunk(2, dim=-1)
-    torch.mul(grad_inner, gated, out=grad_value)
-    torch.ops.aten.silu_backward.grad_input(grad_inner.mul_(value), gate, grad_input=grad_gate)
-    return inner, grad_hidden, dot
-
-
-# ---------------------------------------------------------------------------------------------- under torch.compile
-
-
 def _forward(
     x: Tensor,
     combine_weights: Tensor,
@@ -260,16 +154,24 @@ def _forward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output in float32 or more, and for the backward pass: rows, hidden, token of row, row of assignment, ends."""
-    n_experts, n_rows = len(w_in), most_rows(selected.numel(), len(w_in))
-    segments = lay_out(selected, executed, n_experts, n_rows)
-    rows = compiled(row_passes.gather)(x, segments.token_of_row, w_in.dtype)
-    hidden = rows.new_empty(n_rows, w_in.shape[1])
-    _multiply(rows, w_in, b_in, segments.spans, out=hidden)
+    n_experts, _, d_ff = w_out.shape
+    segments = lay_out(selected, executed, n_experts, most_rows(selected.numel(), n_experts))
+    rows = row_passes.gather(x, segments.token_of_row, w_in.dtype)
+    hidden, output = rows.new_empty(len(rows), w_in.shape[1]), torch.empty_like(rows)
+    inner = rows.new_empty(segments.longest, d_ff)
+    of_expert = zip(*(segments.parts(tensor) for tensor in (rows, hidden, output)), w_in.mT, w_out.mT, strict=True)
+    for expert, (read, into, written, first, second) in enumerate(of_expert):
+        seen = inner[: len(read)]
+        torch.mm(read, first, out=into)
+        if b_in is not None:
+            into += b_in[expert]
+        row_passes.activation(into, _activation(activation), seen)
+        torch.mm(seen, second, out=written)
+        if b_out is not None:
+            written += b_out[expert]
     hidden[segments.spans[-1][1] :] = 0  # rows of nobody are never read, but what an operator returns is defined
-    inner = compiled(row_passes.activation)(hidden, activation)
-    output = torch.empty_like(rows)
-    _multiply(inner, w_out, b_out, segments.spans, out=output)
-    y = compiled(row_passes.sum_choices)(output, segments.row_of_assignment, combine_weights)
+    wide = torch.promote_types(w_in.dtype, torch.float32)
+    y = row_passes.sum_choices(output, segments.row_of_assignment, combine_weights, wide)
     ends = torch.tensor([end for _, end in segments.spans])
     return y, rows, hidden, segments.token_of_row, segments.row_of_assignment, ends
 
@@ -289,40 +191,91 @@ def _backward(
     x_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, of the combine weights and of both matrices, and of both biases as if there were some."""
-    spans = _spans(ends)
-    n_rows, wide = rows.shape[0], combine_weights.dtype
+    segments = Segments(_spans(ends), token_of_row, row_of_assignment)
+    d_ff, wide = w_out.shape[2], combine_weights.dtype
     # The weight of each row, zero for rows between segments.
-    weight_of_row = combine_weights.new_zeros(n_rows + 1)
+    weight_of_row = combine_weights.new_zeros(len(rows) + 1)
     weight_of_row[row_of_assignment.flatten()] = combine_weights.flatten()
-    weight_of_row = weight_of_row[:n_rows]
+    dots = torch.zeros_like(weight_of_row)
 
-    grad_output = compiled(row_passes.gather)(grad_y, token_of_row, rows.dtype)
-    grad_inner = hidden.new_empty(n_rows, w_out.shape[2])
-    for expert, (start, end) in enumerate(spans):
-        torch.mm(grad_output[start:end], w_out[expert], out=grad_inner[start:end])
-    inner, grad_hidden, inner_dot = compiled(row_passes.activation_gradient)(
-        hidden, grad_inner, weight_of_row, activation
+    grad_output = row_passes.gather(grad_y, token_of_row, rows.dtype)
+    grad_rows, grad_w_in, grad_w_out = torch.empty_like(rows), torch.empty_like(w_in), torch.empty_like(w_out)
+    biases = 0 if b_out is None else 1
+    grad_b_in, grad_b_out = (rows.new_empty(biases * len(w), w.shape[1]) for w in (w_in, w_out))
+    # What only an expert's own products read stays in the cache, for the next expert's lies in the same place.
+    scratch = [hidden.new_empty(segments.longest, width) for width in (d_ff, d_ff, hidden.shape[1])]
+    by_row = (rows, hidden, grad_output, grad_rows, weight_of_row, dots)
+    for expert, (read, before, grad, to_rows, weight, dot) in enumerate(
+        zip(*(segments.parts(tensor) for tensor in by_row), strict=True)
+    ):
+        grad_inner, weighted, grad_hidden = (buffer[: len(read)] for buffer in scratch)
+        torch.mm(grad, w_out[expert], out=grad_inner)
+        row_passes.activation_gradient(
+            before,
+            grad_inner,
+            weight,
+            _activation(activation),
+            weighted=weighted,
+            grad_hidden=grad_hidden,
+            dots=dot,
+        )
+        torch.mm(grad.t(), weighted, out=grad_w_out[expert])
+        torch.mm(grad_hidden.t(), read, out=grad_w_in[expert])
+        torch.mm(grad_hidden, w_in[expert], out=to_rows)
+        if b_out is not None:
+            dot += grad.to(wide) @ b_out[expert].to(wide)
+            grad_b_out[expert] = weight @ grad.to(wide)
+            grad_b_in[expert] = grad_hidden.sum(dim=0)
+    grad_x = row_passes.sum_choices(grad_rows, row_of_assignment, None, x_dtype)
+    return grad_x, dots[row_of_assignment], grad_w_in, grad_w_out, grad_b_in, grad_b_out
+
+
+def _activation(name: str) -> Activation:
+    """Operators take strings."""
+    assert name in get_args(Activation)
+    return cast(Activation, name)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, combine_weights, w_in, w_out, _, b_out, *_, activation = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # gradients of zeros for what is only kept would be as large
+    ctx.save_for_backward(combine_weights, w_in, w_out, b_out, *output[1:])
+    ctx.activation, ctx.x_dtype = activation, x.dtype
+
+
+def _differentiate(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _gradients(_backward, ctx, grad_y)
+
+
+def _differentiate_operator(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _gradients(_backward_operator, ctx, grad_y)
+
+
+def _gradients(
+    compute: Callable[..., tuple[Tensor, ...]], ctx: Any, grad_y: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_y is None:  # what comes after the experts had no gradient for them
+        return (None,) * 9
+    combine_weights, w_in, w_out, b_out, *kept = ctx.saved_tensors
+    *gradients, grad_b_in, grad_b_out = compute(
+        grad_y, combine_weights, w_in, w_out, b_out, *kept, ctx.activation, ctx.x_dtype
     )
-    if b_out is not None:
-        for expert, (start, end) in enumerate(spans):
-            inner_dot[start:end] += grad_output[start:end].to(wide) @ b_out[expert].to(wide)
-    grad_combine = torch.cat([inner_dot, inner_dot.new_zeros(1)])[row_of_assignment]
+    biases = (None, None) if b_out is None else (grad_b_in, grad_b_out)
+    return (*gradients, *biases, None, None, None)
 
-    weighted = compiled(row_passes.weigh)(grad_output, weight_of_row)
-    grad_rows = torch.empty_like(rows)
-    grad_w_in, grad_w_out = _weight_gradients(w_in, w_out, spans, rows, inner, grad_hidden, weighted)
-    for expert, (start, end) in enumerate(spans):
-        torch.mm(grad_hidden[start:end], w_in[expert], out=grad_rows[start:end])
-    grad_x = compiled(row_passes.sum_choices)(grad_rows, row_of_assignment, None)
-    none = rows.new_empty(0)
-    with_bias = b_out is not None
-    grad_b_in = torch.stack([grad_hidden[start:end].sum(dim=0) for start, end in spans]) if with_bias else none
-    grad_b_out = torch.stack([weighted[start:end].sum(dim=0) for start, end in spans]) if with_bias else none.clone()
-    return grad_x.to(x_dtype), grad_combine, grad_w_in, grad_w_out, grad_b_in, grad_b_out
+
+class _SegmentExperts(torch.autograd.Function):
+    """The two directions as one function."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_remember)
+    backward = staticmethod(_differentiate)
 
 
 _operator = library.custom_op("moe::segment_experts", _forward, mutates_args=())
 _backward_operator = library.custom_op("moe::segment_experts_backward", _backward, mutates_args=())
+_operator.register_autograd(_differentiate_operator, setup_context=_remember)
 
 
 @_operator.register_fake
@@ -373,25 +326,3 @@ def _(
         rows.new_empty(sizes[0]),
         rows.new_empty(sizes[1]),
     )
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, combine_weights, w_in, w_out, _, b_out, *_, activation = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # gradients of zeros for what is only kept would be as large
-    ctx.save_for_backward(combine_weights, w_in, w_out, b_out, *output[1:])
-    ctx.activation, ctx.x_dtype = activation, x.dtype
-
-
-def _differentiate(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:  # what comes after the experts had no gradient for them
-        return (None,) * 9
-    combine_weights, w_in, w_out, b_out, *kept = ctx.saved_tensors
-    *gradients, grad_b_in, grad_b_out = _backward_operator(
-        grad_y, combine_weights, w_in, w_out, b_out, *kept, ctx.activation, ctx.x_dtype
-    )
-    biases = (None, None) if b_out is None else (grad_b_in, grad_b_out)
-    return (*gradients, *biases, None, None, None)
-
-
-_operator.register_autograd(_differentiate, setup_context=_remember)
