@@ -220,6 +220,7 @@ def step_contestants() -> list[Contestant]:
 def decode_contestants() -> list[Contestant]:
     """Of greedy decoding."""
     return [
+        Contestant("ours", models.ours, ours=True),
         *(Contestant(f"ours {backend}", partial(models.ours, backend=backend), ours=True) for backend in BACKENDS),
         *(
             Contestant(

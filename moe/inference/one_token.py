@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -24,8 +23,9 @@ from moe.config import AttentionConfig
 from moe.model.attention import Attention, visible_keys
 from moe.model.cache import KVCache
 from moe.model.experts import ExpertWeights
-from moe.model.experts.few import MOST_ASSIGNMENTS, NOBODY, sum_of_experts
+from moe.model.experts.few import MOST_ASSIGNMENTS, NOBODY, sum_of_selected
 from moe.model.feed_forward import FeedForward
+from moe.model.few_rows import attend_to_cache, product
 from moe.model.moe_layer import MoELayer
 from moe.model.rotation import rotation_of
 from moe.model.router.logits import score_function
@@ -70,9 +70,9 @@ class _Layer(NamedTuple):
 
     attention_gain: Float[Tensor, " D"]
     """of the norm, times √D; at least float32"""
-    projections: Float[Tensor, "D P"]
-    """of queries, keys and values, side by side"""
-    output: Float[Tensor, "Q D"]
+    projections: Float[Tensor, "P D"]
+    """of queries, keys and values, one below the other"""
+    output: Float[Tensor, "D Q"]
     feed_forward_gain: Float[Tensor, " D"]
     feed_forward: _Mixture | MoELayer | FeedForward
     """a module where it is not written out"""
@@ -118,20 +118,17 @@ class OneToken:
         newest = cache.keys_and_values.narrow(3, end - 1, 1).unbind(0)
         keys, values = cache.keys.narrow(3, 0, end).unbind(0), cache.values.narrow(3, 0, end).unbind(0)
         head_dim, n_heads, n_rotated = cosine.shape[-1], self.n_heads, self.n_rotated
-        grouped = n_rotated != 2 * n_heads
 
         x = model.embedding.weight.index_select(0, tokens)
         for number, layer in enumerate(self.layers):
-            heads = torch.mm(self._normalise(x, layer.attention_gain), layer.projections)
+            heads = product(self._normalise(x, layer.attention_gain), layer.projections)
             heads = heads.view(n_sequences, -1, 1, head_dim)
             to_rotate = heads[:, :n_rotated]
             swapped = to_rotate.roll(head_dim // 2, -1)
             torch.addcmul(to_rotate * cosine, swapped, sine, out=to_rotate)
             newest[number].copy_(heads[:, n_heads:])
-            attended = F.scaled_dot_product_attention(
-                heads[:, :n_heads], keys[number], values[number], attn_mask=visible, enable_gqa=grouped
-            )
-            x = torch.addmm(x, attended.reshape(n_sequences, -1), layer.output)
+            attended = attend_to_cache(heads[:, :n_heads], keys[number], values[number], visible)
+            x = x + product(attended.reshape(n_sequences, -1), layer.output)
 
             normed = self._normalise(x, layer.feed_forward_gain)
             feed_forward = layer.feed_forward
@@ -142,7 +139,7 @@ class OneToken:
                 x = x + y[:, 0]
             else:
                 x = x + feed_forward(normed)
-        return torch.mm(self._normalise(x, self.final_gain), model.head.weight.t())
+        return product(self._normalise(x, self.final_gain), model.head.weight)
 
     def _normalise(self, x: Float[Tensor, "B D"], gain: Float[Tensor, " D"]) -> Float[Tensor, "B D"]:
         """The RMSNorm x / √(‖x‖² / D + ε), times a gain that holds √D: hypot is √(‖x‖² + D ε)."""
@@ -154,11 +151,9 @@ class OneToken:
         scores = score_function(torch.mm(x.to(self.wide), mixture.router), router.score)
         best, selected = scores.topk(router.top_k)
         weights = combine_weights(best, router.normalise, router.scale)
-        chosen: list[list[int]] = selected.tolist()
         if not all(going):
-            nobody = [NOBODY] * router.top_k
-            chosen = [experts if goes else nobody for experts, goes in zip(chosen, going, strict=True)]
-        return sum_of_experts(x, chosen, weights, mixture.experts, mixture.one_by_one).to(self.dtype)
+            selected = selected.where(torch.tensor(going)[:, None], NOBODY)
+        return sum_of_selected(x, selected, weights, mixture.experts, mixture.one_by_one).to(self.dtype)
 
     def _gain(self, norm: nn.RMSNorm | nn.LayerNorm) -> Float[Tensor, " D"]:
         return norm.weight.to(self.wide) * math.sqrt(norm.weight.numel())
@@ -173,8 +168,8 @@ class OneToken:
             feed_forward = _Mixture(router, weights, (weights.w_in.unbind(0), weights.w_out.unbind(0)))
         return _Layer(
             self._gain(block.attention_norm),
-            torch.cat([attention.query.weight, attention.key.weight, attention.value.weight]).t(),
-            attention.output.weight.t(),
+            torch.cat([attention.query.weight, attention.key.weight, attention.value.weight]),
+            attention.output.weight,
             self._gain(block.feed_forward_norm),
             feed_forward,
         )

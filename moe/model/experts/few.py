@@ -3,7 +3,8 @@
 The time goes into reading weights, and into calls. So the host looks at which experts are hit, and only those are
 computed, each in a product of its own with just its rows: nothing is padded, and no other weight is read.
 
-Where most experts are hit, one product of all of them (``bmm``) can be faster all the same: it reads those that no
+Where there is a compiler, a kernel in C++ does that in one call (``native/few.cpp``): :func:`sum_of_selected`. Without
+one, where most experts are hit, one product of all of them (``bmm``) can be faster all the same: it reads those that no
 token wants, and gives each as many rows as the busiest, but it is one call. The two are weighed in bytes read.
 """
 
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe.model import native
 from moe.model.experts.weights import ExpertWeights, compute_dtype
 from moe.model.feed_forward import activate
 from moe.model.routing import Routing
@@ -35,7 +37,7 @@ def few_experts(x: Float[Tensor, "T D"], routing: Routing, weights: ExpertWeight
     """What :func:`~moe.model.experts.reference.reference_experts` computes, for tensors on a CPU."""
     executed = routing.executed
     selected = routing.selected if executed is None else routing.selected.where(executed, NOBODY)
-    return sum_of_experts(x, selected.tolist(), routing.weights, weights).to(x.dtype)
+    return sum_of_selected(x, selected, routing.weights, weights).to(x.dtype)
 
 
 def fits(x: Tensor, routing: Routing) -> bool:
@@ -46,6 +48,30 @@ def fits(x: Tensor, routing: Routing) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()  # which cannot trace what the host reads
     )
+
+
+def sum_of_selected(
+    x: Float[Tensor, "T D"],
+    selected: Int[Tensor, "T K"],
+    combine_weights: Float[Tensor, "T K"],
+    weights: ExpertWeights,
+    one_by_one: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+) -> Float[Tensor, "T D"]:
+    """:func:`sum_of_experts`, in one call where there are kernels for it."""
+    matrices = weights.w_in, weights.w_out
+    same = x.dtype == compute_dtype(x) == weights.w_in.dtype
+    if not (same and combine_weights.dtype == torch.float32 and native.computes(x, *matrices)):
+        return sum_of_experts(x, selected.tolist(), combine_weights, weights, one_by_one)
+    y = torch.empty_like(x, dtype=torch.float32)
+    n_experts, d_model, d_ff = weights.w_out.shape
+    name = f"few_experts_{weights.activation}_{native.DTYPES[x.dtype]}"
+    x, selected, combine_weights = x.contiguous(), selected.contiguous(), combine_weights.contiguous()
+    biases = weights.b_in, weights.b_out
+    (w_in, w_out), (b_in, b_out) = matrices, biases
+    native.call(
+        name, x, selected, combine_weights, w_in, b_in, w_out, b_out, y, *selected.shape, n_experts, d_model, d_ff
+    )
+    return y
 
 
 def sum_of_experts(
