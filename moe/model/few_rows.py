@@ -4,8 +4,6 @@ They are bound by reading: weights, or keys and values. torch's own products of 
 third of what the memory gives, and its attention is slow in bfloat16.
 """
 
-import ctypes
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -34,30 +32,15 @@ def attend_to_cache(
 ) -> Float[Tensor, "B H 1 d"]:
     """softmax(q Kᵀ / √d) V over the ``visible`` keys (None: all), without a gradient."""
     same = torch.bfloat16 == queries.dtype == keys.dtype == values.dtype and queries.shape[3] == values.shape[3]
-    whole = keys.stride(3) == values.stride(3) == queries.stride(3) == 1
-    if not (same and whole and native.computes(queries, keys, values)):
+    if not (same and native.computes(queries, keys, values)):
         grouped = queries.shape[1] != keys.shape[1]
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, enable_gqa=grouped)
-    batch, n_heads, _, width = queries.shape
-    n_key_heads, length = keys.shape[1:3]
-    output = queries.new_empty(batch, n_heads, 1, width)
+    output = queries.new_empty(queries.shape)
     native.call(
         f"attend_to_cache_{native.DTYPES[queries.dtype]}",
-        *(part for tensor in (queries, keys, values) for part in (tensor, _Strides(*tensor.stride()[:3]))),
-        None if visible is None else visible.expand(batch, 1, 1, length).contiguous(),
+        *native.heads(queries, keys, values),
+        None if visible is None else visible.expand(len(queries), 1, 1, keys.shape[2]).contiguous(),
         output,
-        _Sizes(batch, n_key_heads, n_heads // n_key_heads, length, width),
+        native.Sizes.of(queries, keys),
     )
     return output
-
-
-class _Strides(ctypes.Structure):
-    """``CacheStrides`` of few.cpp."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "token")]
-
-
-class _Sizes(ctypes.Structure):
-    """``CacheSizes`` of few.cpp."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "key_heads", "repeats", "length", "width")]

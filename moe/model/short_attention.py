@@ -4,7 +4,6 @@
 three to eight times as long as what is here, which keeps a head's keys and values in a core's cache.
 """
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +46,8 @@ def short_attention(
 def _forward(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """The output, and log2 Σ exp(score) of each query, float32 [B, H, S]."""
     output, logs = _by_token(queries), queries.new_empty(queries.shape[:3], dtype=torch.float32)
-    _run("forward", [queries, keys, values], [output], logs)
+    name = f"attention_forward_{native.DTYPES[queries.dtype]}"
+    native.call(name, *native.heads(queries, keys, values, output), logs, native.Sizes.of(queries, keys))
     return output, logs
 
 
@@ -56,36 +56,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
     gradients = _by_token(queries), _by_token(keys), _by_token(values)
-    _run("backward", [grad.to(queries.dtype), queries, keys, values, output], list(gradients), logs)
+    native.call(
+        f"attention_backward_{native.DTYPES[queries.dtype]}",
+        *native.heads(grad.to(queries.dtype), queries, keys, values, output),
+        logs,
+        *native.heads(*gradients),
+        native.Sizes.of(queries, keys),
+    )
     return gradients
-
-
-def _run(direction: str, read: list[Tensor], written: list[Tensor], logs: Tensor) -> None:
-    """Forward reads queries, keys, values and writes the output; backward reads all four and writes three gradients."""
-    read = [tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in read]
-    queries, keys = (read[0], read[1]) if direction == "forward" else (read[1], read[2])
-    batch, n_heads, length, width = queries.shape
-    arguments: list[Any] = []
-    for tensor in (*read, *written):
-        if direction == "backward" and tensor is written[0]:
-            arguments.append(logs)
-        arguments += [tensor, _Strides(*tensor.stride()[:3])]
-    if direction == "forward":
-        arguments.append(logs)
-    sizes = _Sizes(batch, keys.shape[1], n_heads // keys.shape[1], length, width)
-    native.call(f"attention_{direction}_{native.DTYPES[queries.dtype]}", *arguments, sizes)
-
-
-class _Strides(ctypes.Structure):
-    """``Strides`` of attention.cpp."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "token")]
-
-
-class _Sizes(ctypes.Structure):
-    """``Sizes`` of attention.cpp."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "key_heads", "repeats", "length", "width")]
 
 
 def _by_token(like: Float[Tensor, "B H S d"]) -> Float[Tensor, "B H S d"]:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 SOURCES = ("attention.cpp", "few.cpp", "rows.cpp")
-HEADERS = ("activations.h", "vectors.h")
+HEADERS = ("activations.h", "heads.h", "vectors.h")
 OPTIMISED = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = (*OPTIMISED, "-fPIC", "-shared")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -51,7 +52,31 @@ def call(name: str, *arguments: Any) -> None:
     """
     kernels = library()
     assert kernels is not None
-    getattr(kernels, name)(*(_passed(argument) for argument in arguments), torch.get_num_threads())
+    getattr(kernels, name)(*(_passed(argument) for argument in (*arguments, torch.get_num_threads())))
+
+
+class Sizes(ctypes.Structure):
+    """``Sizes`` of heads.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "key_heads", "repeats", "length", "width")]
+
+    @classmethod
+    def of(cls, queries: Float[Tensor, "B H S d"], keys: Float[Tensor, "B H_kv L d"]) -> "Sizes":
+        """Of attention of these."""
+        batch, n_key_heads, length, width = keys.shape
+        return cls(batch, n_key_heads, queries.shape[1] // n_key_heads, length, width)
+
+
+class Strides(ctypes.Structure):
+    """``Strides`` of heads.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "token")]
+
+
+def heads(*tensors: Float[Tensor, "B H S d"]) -> list[Tensor | Strides]:
+    """Each tensor and its strides, as the kernels of attention take them; with whole rows, as a copy if need be."""
+    whole = [tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in tensors]
+    return [part for tensor in whole for part in (tensor, Strides(*tensor.stride()[:3]))]
 
 
 def _passed(argument: Any) -> Any:

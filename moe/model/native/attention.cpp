@@ -9,19 +9,11 @@
 #include <cmath>
 #include <vector>
 
+#include "heads.h"
 #include "vectors.h"
 
 constexpr int ROWS = 8;
 static_assert(W % ROWS == 0, "the diagonal of a block of rows must lie in one vector");
-
-struct Sizes {
-  int64_t batch, key_heads, repeats, length, width;
-};
-
-// Elements from one sequence, head, token to the next; the width is contiguous.
-struct Strides {
-  int64_t batch, head, token;
-};
 
 // Of queries, for scores to the base of 2: e^x = 2^(x / ln 2). Backward must find forward's scores to the bit.
 inline float factor_of(int width) { return float(1.4426950408889634 / std::sqrt(double(width))); }

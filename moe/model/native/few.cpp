@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "activations.h"
+#include "heads.h"
 #include "vectors.h"
 
 constexpr int AT_ONCE = 4;
@@ -154,18 +155,10 @@ void few_experts(const T* x, const int64_t* expert_of_place, const float* combin
     });
 }
 
-struct CacheSizes {
-  int64_t batch, key_heads, repeats, length, width;
-};
-
-struct CacheStrides {
-  int64_t batch, head, token;
-};
-
 // softmax(q Kᵀ / √d) V of one query a sequence and head over the keys that `visible` [B, L] says (none: all).
 template <class T>
-void attend_to_cache(const T* queries, CacheStrides q, const T* keys, CacheStrides k, const T* values, CacheStrides v,
-                     const bool* visible, T* output, CacheSizes size, int64_t threads) {
+void attend_to_cache(const T* queries, Strides q, const T* keys, Strides k, const T* values, Strides v,
+                     const bool* visible, T* output, Sizes size, int64_t threads) {
   const int64_t heads = size.key_heads * size.repeats;
   const float factor = float(1.4426950408889634 / std::sqrt(double(size.width)));
 #pragma omp parallel num_threads(threads)
@@ -227,9 +220,9 @@ void attend_to_cache(const T* queries, CacheStrides q, const T* keys, CacheStrid
                               int64_t threads) {                                                                      \
     product(x, weights, out, n_rows, width, n_columns, threads);                                                      \
   }                                                                                                                   \
-  extern "C" void attend_to_cache_##T(const T* queries, CacheStrides q, const T* keys, CacheStrides k,                \
-                                      const T* values, CacheStrides v, const bool* visible, T* output,                \
-                                      CacheSizes size, int64_t threads) {                                             \
+  extern "C" void attend_to_cache_##T(const T* queries, Strides q, const T* keys, Strides k,                \
+                                      const T* values, Strides v, const bool* visible, T* output,                \
+                                      Sizes size, int64_t threads) {                                             \
     attend_to_cache(queries, q, keys, k, values, v, visible, output, size, threads);                                  \
   }
 
