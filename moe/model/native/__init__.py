@@ -73,7 +73,7 @@ class Strides(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "token")]
 
 
-def heads(*tensors: Float[Tensor, "B H S d"]) -> list[Tensor | Strides]:
+def heads(*tensors: Float[Tensor, "B _ _ d"]) -> list[Tensor | Strides]:
     """Each tensor and its strides, as the kernels of attention take them; with whole rows, as a copy if need be."""
     whole = [tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in tensors]
     return [part for tensor in whole for part in (tensor, Strides(*tensor.stride()[:3]))]

@@ -54,7 +54,7 @@ inline void dots(int n_rows, const T* const* rows, const T* weights, int64_t wid
   dots<1>(rows, weights, width, out);
 }
 
-// The vector at `at` of n_rows products with W rows of weights, or fewer where there are no more: work(r, products).
+// The products of n_rows rows with n_columns rows of weights, W at most: work(r, products) for each.
 template <class T, class Work>
 inline void block(int n_rows, const T* const* rows, const T* weights, const T* biases, int64_t width, int n_columns,
                   Work work) {
@@ -86,9 +86,25 @@ void product(const T* x, const T* weights, T* out, int64_t n_rows, int64_t width
   }
 }
 
+// An expert that is hit: its places are slots `first` to `first + count`.
 struct Hit {
   int64_t expert, first, count;
 };
+
+// work(expert, column, n_columns, slot, n_slots) for the columns of each hit expert, W at a time, and its slots, AT_ONCE
+// at a time; shared out among the threads of the parallel region that calls it, which wait for each other at its end.
+template <class Work>
+void each_block(const std::vector<Hit>& hits, int64_t width, Work work) {
+  const int64_t blocks = whole(width) / W;
+#pragma omp for schedule(dynamic, 4)
+  for (int64_t item = 0; item < int64_t(hits.size()) * blocks; item++) {
+    const Hit hit = hits[item / blocks];
+    const int64_t column = item % blocks * W, end = hit.first + hit.count;
+    const int n_columns = std::min<int64_t>(W, width - column);
+    for (int64_t slot = hit.first; slot < end; slot += AT_ONCE)
+      work(hit.expert, column, n_columns, slot, int(std::min<int64_t>(AT_ONCE, end - slot)));
+  }
+}
 
 // y[t] = Σ_k weight_tk · expert_tk(x_t); an expert that is none of E adds nothing. The places t K + k are taken expert by
 // expert, so that what an expert's weights are multiplied with lies together.
@@ -110,41 +126,28 @@ void few_experts(const T* x, const int64_t* expert_of_place, const float* combin
   }
   std::vector<T> inner(places.size() * d_ff);
   std::vector<float> outputs(places.size() * d_model);
-  const int64_t inner_blocks = whole(d_ff) / W, output_blocks = whole(d_model) / W;
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t item = 0; item < int64_t(hits.size()) * inner_blocks; item++) {
-      const Hit hit = hits[item / inner_blocks];
-      const int64_t column = item % inner_blocks * W, row = hit.expert * wide + column;
-      const int count = std::min<int64_t>(W, d_ff - column);
-      for (int64_t first = hit.first; first < hit.first + hit.count; first += AT_ONCE) {
-        const int n = std::min<int64_t>(AT_ONCE, hit.first + hit.count - first);
-        const T* at[AT_ONCE];
-        for (int r = 0; r < n; r++) at[r] = x + places[first + r] / top_k * d_model;
-        vec gates[AT_ONCE], values[AT_ONCE] = {};
-        block(n, at, w_in + row * d_model, b_in ? b_in + row : nullptr, d_model, count,
-              [&](int r, vec products) { gates[r] = products; });
-        if (gated(KIND))
-          block(n, at, w_in + (row + d_ff) * d_model, b_in ? b_in + row + d_ff : nullptr, d_model, count,
-                [&](int r, vec products) { values[r] = products; });
-        for (int r = 0; r < n; r++)
-          write(&inner[(first + r) * d_ff + column], activate<KIND>(gates[r], values[r]).inner, count);
-      }
-    }
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t item = 0; item < int64_t(hits.size()) * output_blocks; item++) {
-      const Hit hit = hits[item / output_blocks];
-      const int64_t column = item % output_blocks * W, row = hit.expert * d_model + column;
-      const int count = std::min<int64_t>(W, d_model - column);
-      for (int64_t first = hit.first; first < hit.first + hit.count; first += AT_ONCE) {
-        const int n = std::min<int64_t>(AT_ONCE, hit.first + hit.count - first);
-        const T* at[AT_ONCE];
-        for (int r = 0; r < n; r++) at[r] = &inner[(first + r) * d_ff];
-        block(n, at, w_out + row * d_ff, b_out ? b_out + row : nullptr, d_ff, count,
-              [&](int r, vec products) { write(&outputs[(first + r) * d_model + column], products, count); });
-      }
-    }
+    each_block(hits, d_ff, [&](int64_t expert, int64_t column, int n_columns, int64_t slot, int n) {
+      const int64_t row = expert * wide + column;
+      const T* rows[AT_ONCE];
+      for (int r = 0; r < n; r++) rows[r] = x + places[slot + r] / top_k * d_model;
+      vec gates[AT_ONCE], values[AT_ONCE] = {};
+      block(n, rows, w_in + row * d_model, b_in ? b_in + row : nullptr, d_model, n_columns,
+            [&](int r, vec products) { gates[r] = products; });
+      if (gated(KIND))
+        block(n, rows, w_in + (row + d_ff) * d_model, b_in ? b_in + row + d_ff : nullptr, d_model, n_columns,
+              [&](int r, vec products) { values[r] = products; });
+      for (int r = 0; r < n; r++)
+        write(&inner[(slot + r) * d_ff + column], activate<KIND>(gates[r], values[r]).inner, n_columns);
+    });
+    each_block(hits, d_model, [&](int64_t expert, int64_t column, int n_columns, int64_t slot, int n) {
+      const int64_t row = expert * d_model + column;
+      const T* rows[AT_ONCE];
+      for (int r = 0; r < n; r++) rows[r] = &inner[(slot + r) * d_ff];
+      block(n, rows, w_out + row * d_ff, b_out ? b_out + row : nullptr, d_ff, n_columns,
+            [&](int r, vec products) { write(&outputs[(slot + r) * d_model + column], products, n_columns); });
+    });
   }
   for (int64_t t = 0; t < n_tokens; t++)
     columns(d_model, [&](int64_t j, int count) {
