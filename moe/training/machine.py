@@ -131,7 +131,7 @@ def fastest_backend(precision: Precision) -> ExpertBackend:
 
 def _with_kernels() -> str:
     """What is measured with the kernels of :mod:`moe.model.native` is not what is measured without."""
-    return "" if native.library() is None else ", with kernels in C++"
+    return "" if native.kernels() is None else ", with kernels in C++"
 
 
 class _Block:

@@ -17,7 +17,7 @@ Shape = tuple[int, int, int, int, int]
 SHAPES = [(1, 1, 1, 1, 8), (2, 4, 4, 7, 16), (3, 8, 2, 33, 20), (2, 6, 1, 64, 40), (2, 4, 4, 100, 128), (1, 2, 2, 9, 1)]
 """batch, query heads, key heads, tokens, width of a head"""
 
-with_kernels = pytest.mark.skipif(native.library() is None, reason="there is no compiler")
+with_kernels = pytest.mark.skipif(native.kernels() is None, reason="there is no compiler")
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_without_a_compiler_attention_is_the_same_by_sdpa(monkeypatch: pytest.Mo
     drawn = draw((2, 4, 2, 24, 8), dtype)
     expected = output_and_gradients(plainly_causal, drawn, dtype)
 
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "kernels", lambda: None)
 
     assert not pays(*drawn[:3], causal=True)
     for one, other in zip(output_and_gradients(plainly_causal, drawn, dtype), expected, strict=True):

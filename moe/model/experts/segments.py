@@ -87,7 +87,7 @@ def lay_out(
     ``executed``: which assignments an expert computes; None: all. An id that is none of the ``n_experts`` is computed
     by nobody. ``n_rows``: R, where it is to be larger than needed, and at least :func:`most_rows`.
     """
-    if selected.device.type != "cpu" or selected.dtype != torch.int64 or native.library() is None:
+    if selected.device.type != "cpu" or selected.dtype != torch.int64 or native.kernels() is None:
         return lay_out_in_torch(selected, executed, n_experts, n_rows)
     if n_rows is None:
         segments = lay_out(selected, executed, n_experts, most_rows(selected.numel(), n_experts))

@@ -1,7 +1,7 @@
 """Kernels in C++ for a CPU, built at first use: attention, what experts do between products, and decoding.
 
 They are compiled once a machine, which takes a few seconds; the library stays in the user's folder for caches. Where
-there is no compiler, or it fails, :func:`library` is None, and everything is computed by torch.
+there is no compiler, or it fails, :func:`kernels` is None, and everything is computed by torch.
 """
 
 import atexit
@@ -42,7 +42,7 @@ def computes(*tensors: Tensor) -> bool:
 # What torch.compile must not look into.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _built() -> bool:
-    return library() is not None
+    return kernels() is not None
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -50,9 +50,9 @@ def call(name: str, *arguments: Any) -> None:
 
     Tensors are passed by their address alone, None as none.
     """
-    kernels = library()
-    assert kernels is not None
-    getattr(kernels, name)(*(_passed(argument) for argument in (*arguments, torch.get_num_threads())))
+    loaded = kernels()
+    assert loaded is not None
+    getattr(loaded, name)(*(_passed(argument) for argument in (*arguments, torch.get_num_threads())))
 
 
 class Sizes(ctypes.Structure):
@@ -88,7 +88,7 @@ def _passed(argument: Any) -> Any:
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def kernels() -> ctypes.CDLL | None:
     """The kernels, built where they have not been; None where that is not possible."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if platform.system() != "Linux" or compiler is None:

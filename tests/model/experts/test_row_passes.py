@@ -14,7 +14,7 @@ from moe.model.experts import Experts, row_passes
 from moe.model.feed_forward import activate, input_width
 from moe.model.routing import Routing
 
-with_kernels = pytest.mark.skipif(native.library() is None, reason="there is no compiler")
+with_kernels = pytest.mark.skipif(native.kernels() is None, reason="there is no compiler")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -192,7 +192,7 @@ def test_without_a_compiler_everything_is_the_same(
     routing, experts = routing_of("normal", padded=True), experts_of(activation, True, "segments")
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         expected = output_and_gradients(experts, routing, list(experts.parameters()))
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(native, "kernels", lambda: None)
         actual = output_and_gradients(experts, routing, list(experts.parameters()))
 
     for one, other in zip(actual, expected, strict=True):
