@@ -85,7 +85,7 @@ def set_float32_products(setting: str) -> None:
 
 
 def _faster_float32() -> str:
-    # At a width of 128 they differ by less than the noise; from 256 on by a tenth and more, one way or the other.
+    # At a width of 128 they differed by less than the noise, at 256 by a tenth.
     before, block = float32_products(), _Block("segments", d_model=256)
     try:
         if not _onednn_is_exact():
