@@ -58,19 +58,15 @@ def sum_of_selected(
     one_by_one: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
 ) -> Float[Tensor, "T D"]:
     """:func:`sum_of_experts`, in one call where there are kernels for it."""
-    matrices = weights.w_in, weights.w_out
     same = x.dtype == compute_dtype(x) == weights.w_in.dtype
-    if not (same and combine_weights.dtype == torch.float32 and native.computes(x, *matrices)):
+    if not (same and combine_weights.dtype == torch.float32 and native.computes(x, weights.w_in, weights.w_out)):
         return sum_of_experts(x, selected.tolist(), combine_weights, weights, one_by_one)
-    y = torch.empty_like(x, dtype=torch.float32)
+    y = x.new_empty(x.shape, dtype=torch.float32)
+    matrices_and_biases = weights.w_in, weights.b_in, weights.w_out, weights.b_out
+    read = (None if t is None else t.contiguous() for t in (x, selected, combine_weights, *matrices_and_biases))
     n_experts, d_model, d_ff = weights.w_out.shape
     name = f"few_experts_{weights.activation}_{native.DTYPES[x.dtype]}"
-    x, selected, combine_weights = x.contiguous(), selected.contiguous(), combine_weights.contiguous()
-    biases = weights.b_in, weights.b_out
-    (w_in, w_out), (b_in, b_out) = matrices, biases
-    native.call(
-        name, x, selected, combine_weights, w_in, b_in, w_out, b_out, y, *selected.shape, n_experts, d_model, d_ff
-    )
+    native.call(name, *read, y, *selected.shape, n_experts, d_model, d_ff)
     return y
 
 

@@ -110,6 +110,18 @@ def test_they_take_any_shape(d_model: int, d_ff: int, dtype: torch.dtype, all_at
     assert (y - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
 
+@WAYS
+@pytest.mark.usefixtures("way")
+def test_it_does_not_matter_how_numbers_lie_in_memory(all_at_once: bool | None) -> None:
+    weights, routing = make_weights(torch.float32, bias=True), ROUTINGS["spread"]
+    x = draw(routing.n_tokens, D_MODEL, dtype=torch.float32)
+    turned = ExpertWeights(*(t.mT.contiguous().mT for t in weights[:4]), weights.activation)
+
+    y = few_experts(x.t().contiguous().t(), routing, turned)
+
+    torch.testing.assert_close(y, few_experts(x, routing, weights))
+
+
 @pytest.mark.parametrize("activation", get_args(Activation))
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "with biases"])
 def test_one_call_knows_every_activation(activation: str, bias: bool) -> None:
